@@ -1,0 +1,141 @@
+"""Tables, JSON and charts of CPU measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import fused_convlstm
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One implementation on one shape; times in milliseconds."""
+
+    cell: str  # "conv_lstm2d", "pooled_gate_conv_lstm2d"
+    task: str  # "inference float32", "inference bfloat16", "training float32"
+    shape: str
+    implementation: str  # "fused", "fused, gates recomputed", "eager", "channels_last", "compile"
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    flops: float
+    peak_gflops: float  # the machine's measured matmul rate in this type
+    peak_memory_mib: float | None = None  # of a training step, above what was there before
+    backend: str | None = None
+
+    @property
+    def floor_ms(self) -> float:
+        """Time of the direct convolutions alone at the measured matmul rate."""
+        return self.flops / self.peak_gflops / 1e6
+
+
+def machine() -> dict[str, str | int]:
+    """Where and with what the numbers were measured."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fused_convlstm": fused_convlstm.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def tables(measurements: list[Measurement]) -> str:
+    """One Markdown table for each cell and task."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Measurement]]] = {}
+    for m in measurements:
+        groups.setdefault((m.cell, m.task), {}).setdefault(m.shape, {})[m.implementation] = m
+    return "\n\n".join(_table(cell, task, shapes) for (cell, task), shapes in groups.items())
+
+
+def _table(cell: str, task: str, shapes: dict[str, dict[str, Measurement]]) -> str:
+    training = task.startswith("training")
+    header = ["shape", "fused ms", "strongest peer ms", "ratio", "floor ms", "share of floor"]
+    header += ["recomputed ms", "memory", "recomputed"] if training else []
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    ratios = []
+    for shape, by_name in shapes.items():
+        fused = by_name["fused"]
+        peers = {name: m for name, m in by_name.items() if not name.startswith("fused")}
+        strongest = min(peers, key=lambda name: peers[name].median_ms)
+        ratio = peers[strongest].median_ms / fused.median_ms
+        ratios.append(ratio)
+        row = [
+            shape,
+            f"{fused.median_ms:.3g}",
+            f"{peers[strongest].median_ms:.3g} ({strongest})",
+            f"{ratio:.2f}",
+            f"{fused.floor_ms:.3g}",
+            f"{fused.floor_ms / fused.median_ms:.0%}",
+        ]
+        if training:
+            recomputed = by_name["fused, gates recomputed"]
+            row += [f"{recomputed.median_ms:.3g}", _memory_ratio(fused, peers), _memory_ratio(recomputed, peers)]
+        rows.append(row)
+    rows.append(["geometric mean", "", "", f"{geometric_mean(ratios):.2f}"] + [""] * (len(header) - 4))
+    body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{cell}, {task}\n\n{body}"
+
+
+def _memory_ratio(fused: Measurement, peers: dict[str, Measurement]) -> str:
+    eager = peers["eager"].peak_memory_mib
+    return "" if not eager or fused.peak_memory_mib is None else f"{fused.peak_memory_mib / eager:.2f}"
+
+
+def chart(measurements: list[Measurement], path: Path) -> None:
+    """Bars: how many times as fast as the strongest peer, a panel for each cell and task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for m in measurements:
+        groups.setdefault((m.cell, m.task), {}).setdefault(m.shape, {})[m.implementation] = m.median_ms
+    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 2.4 * len(groups)), squeeze=False, layout="constrained")
+    for axis, ((cell, task), shapes) in zip(axes[:, 0], groups.items(), strict=True):
+        ratios = {
+            shape: min(t for name, t in times.items() if not name.startswith("fused")) / times["fused"]
+            for shape, times in shapes.items()
+        }
+        bars = axis.bar(list(ratios), list(ratios.values()), color="#3b6ea5")
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"{cell}, {task}", fontsize=9, loc="left")
+        axis.set_ylabel("speed-up over peer", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_report(measurements: list[Measurement], folder: Path, name: str) -> str:
+    """Writes ``name``.json, .md and .png into ``folder``; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    (folder / f"{name}.json").write_text(
+        json.dumps({"machine": about, "measurements": [asdict(m) for m in measurements]}, indent=1) + "\n"
+    )
+    text = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n" + tables(measurements) + "\n"
+    (folder / f"{name}.md").write_text(text)
+    chart(measurements, folder / f"{name}.png")
+    return text

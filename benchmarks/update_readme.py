@@ -1,0 +1,40 @@
+"""Puts the tables that programs make into README.md, between their markers.
+
+python benchmarks/update_readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from fused_convlstm.capabilities import capabilities
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def sections() -> dict[str, str]:
+    """The text of each generated section by the name of its marker."""
+    made = {"capabilities": capabilities()}
+    for name in ("cpu", "gpu"):
+        table = ROOT / "benchmarks" / "results" / f"{name}.md"
+        if table.exists():
+            made[f"benchmark-{name}"] = table.read_text().strip()
+    return made
+
+
+def updated(text: str) -> str:
+    """``text`` with every marked section replaced by its current content."""
+    for name, content in sections().items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    current = README.read_text()
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(0 if updated(current) == current else "README.md is out of date: run benchmarks/update_readme.py")
+    README.write_text(updated(current))

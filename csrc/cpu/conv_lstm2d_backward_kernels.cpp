@@ -1,0 +1,766 @@
+// Backward of the ConvLSTM. Per timestep one transposed product over dz of the following step (dz: gradient before the
+// gate activations) gives dh; the cell's own backward follows while the sums are in the cache. A few steps at a time
+// make a chunk; its gradients of input, weights, bias and peepholes are summed over all of its steps at once.
+#include "cell.h"
+
+namespace fused_convlstm {
+namespace FC_ISA {
+
+namespace {
+
+// Products with transposed weights: from dz of all gates to gradients of the channels that the gates read.
+template <class T> struct TransposedConvolution {
+  static constexpr int L = kLanes<T>;
+  const Geometry &geometry;
+  Blocks blocks; // of input channels
+  int64_t out_per_group;
+  Buffer<T> weights; // [block][tap][gate, channel][lane]
+
+  TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_)
+      : geometry(geometry_), blocks(groups, in_per_group, kVectors * L), out_per_group(out_per_group_) {}
+
+  int64_t block_stride() const { return int64_t(geometry.taps) * 4 * out_per_group * kVectors * L; }
+  int vectors(int64_t block) const { return int((blocks.channels(block) + L - 1) / L); }
+
+  void allocate() { weights.allocate(blocks.count() * block_stride()); }
+
+  template <class From> void pack(const Tensor &weight, int64_t channels, int thread, int threads) {
+    const int64_t taps = geometry.taps, kernel_w = geometry.shape.kernel_w;
+    const Range range = part_of(blocks.count() * taps, thread, threads);
+    for (int64_t part = range.begin; part < range.end; ++part) {
+      const int64_t block = part / taps, tap = part % taps, lanes = blocks.channels(block);
+      const int64_t width = vectors(block) * L;
+      T *to = weights.get() + block * block_stride() + tap * 4 * out_per_group * width;
+      const From *from = static_cast<const From *>(weight.data) + tap / kernel_w * weight.stride[2] +
+                         tap % kernel_w * weight.stride[3] + blocks.first(block) * weight.stride[1];
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t n = 0; n < out_per_group; ++n, to += width) {
+          const From *at = from + (gate * channels + blocks.group(block) * out_per_group + n) * weight.stride[0];
+          for (int64_t lane = 0; lane < width; ++lane)
+            to[lane] = lane < lanes ? convert<T>(at[lane * weight.stride[1]]) : T{};
+        }
+    }
+  }
+
+  // Sums for pixels begin .. end of the images laid end to end. images: dz rows of each, null for zeros.
+  void run(const T *const *images, int64_t block, int64_t begin, int64_t end,
+           const ProductScratch<Plain<T>> &scratch) const {
+    using N = Plain<T>;
+    const int64_t group_row = 4 * out_per_group;
+    const Operand<N> operand{images,
+                             weights.get(),
+                             blocks.groups * group_row,
+                             group_row,
+                             block_stride(),
+                             geometry.taps,
+                             int(group_row),
+                             false,
+                             nullptr,
+                             geometry.transposed.data(),
+                             int(geometry.transposed.size())};
+    const int64_t group = blocks.group(block), pixels = geometry.in_pixels;
+    switch (vectors(block)) {
+    case 1:
+      return product<N, 1>(&operand, 1, block, group, pixels, begin, end, scratch);
+    case 2:
+      return product<N, 2>(&operand, 1, block, group, pixels, begin, end, scratch);
+    case 3:
+      return product<N, 3>(&operand, 1, block, group, pixels, begin, end, scratch);
+    default:
+      return product<N, 4>(&operand, 1, block, group, pixels, begin, end, scratch);
+    }
+  }
+};
+
+constexpr int kPanel = kTilePixels<kVectors>; // rows of dz that one weight-gradient tile takes
+constexpr int64_t kPixelBlock = 1024;         // pixels summed at once: what they read stays in the second-level cache
+
+struct PixelPair {
+  int64_t dz, input; // where a pixel's dz and the pixel that it read lie, in elements
+};
+
+// sums[p][lane] += dz[k][p] * input[k][lane] over the pairs k
+template <class T, int NV>
+static __attribute__((noinline)) void weight_gradient_tile(T *sums, const T *panel, const T *input,
+                                                           const PixelPair *pairs, int64_t count) {
+  constexpr int L = kLanes<T>;
+  for (int64_t first = 0; first < count; first += kChain) {
+    const int64_t last = smaller(count, first + kChain);
+    Vec<T> sum[kPanel][NV];
+    clear_sums<Plain<T>, kPanel, NV>(sum);
+    for (int64_t k = first; k < last; ++k) {
+      const T *a = panel + pairs[k].dz, *b = input + pairs[k].input;
+      Vec<T> w[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        w[v] = load(b + v * L);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPanel; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v)
+          sum[p][v] = fma(splat<T>(a[p]), w[v], sum[p][v]);
+    }
+#pragma GCC unroll 6
+    for (int p = 0; p < kPanel; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        T *to = sums + (p * kVectors + v) * L;
+        store(to, load(to) + sum[p][v]);
+      }
+  }
+}
+
+// Gradient of one convolution's weights, summed chunk by chunk.
+template <class T> struct WeightGradient {
+  static constexpr int L = kLanes<T>;
+  const Geometry &geometry;
+  Blocks blocks; // of input channels
+  int64_t out_per_group, tiles;
+  Buffer<T> sums; // [group][tap][block of the group][tile][kPanel][kVectors * L]
+
+  WeightGradient(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_)
+      : geometry(geometry_), blocks(groups, in_per_group, kVectors * L), out_per_group(out_per_group_),
+        tiles((4 * out_per_group_ + kPanel - 1) / kPanel) {}
+
+  int64_t tile_size() const { return kPanel * kVectors * L; }
+  T *at(int64_t group, int64_t tap, int64_t block, int64_t tile) const {
+    return sums.get() +
+           (((group * geometry.taps + tap) * blocks.blocks_per_group + block) * tiles + tile) * tile_size();
+  }
+  void allocate() {
+    sums.allocate(blocks.groups * geometry.taps * blocks.blocks_per_group * tiles * tile_size());
+    sums.fill_zero();
+  }
+
+  // This thread's part of a chunk. panels: dz as [group][tile][pixel of all images][kPanel]; inputs: rows of each
+  // image, as offsets from `base`, negative for images to leave out.
+  void add(const T *panels, const T *base, const int64_t *inputs, int64_t images, int64_t row, PixelPair *pairs,
+           int thread, int threads) const {
+    const int64_t pixels = geometry.out_pixels, in_per_group = blocks.per_group;
+    const int64_t panel_size = images * pixels * kPanel;
+    const Range range = part_of(tiles, thread, threads);
+    for (const Pass &pass : geometry.forward) {
+      int64_t count = 0;
+      for (int64_t image = 0; image < images; ++image) {
+        if (inputs[image] < 0)
+          continue;
+        for (int j = 0; j < pass.count; ++j)
+          pairs[count++] = {(image * pixels + pass.dst[j]) * kPanel, inputs[image] + pass.src[j] * row};
+      }
+      for (int64_t group = 0; group < blocks.groups; ++group)
+        for (int64_t block = 0; block < blocks.blocks_per_group; ++block)
+          for (int64_t first = 0; first < count; first += kPixelBlock) {
+            const int64_t length = smaller(kPixelBlock, count - first);
+            const int64_t vectors = (blocks.channels(block) + L - 1) / L;
+            const T *input = base + group * in_per_group + blocks.first(block);
+            for (int64_t tile = range.begin; tile < range.end; ++tile) {
+              T *to = at(group, pass.tap, block, tile);
+              const T *panel = panels + (group * tiles + tile) * panel_size;
+              switch (vectors) {
+              case 1:
+                weight_gradient_tile<T, 1>(to, panel, input, pairs + first, length);
+                break;
+              case 2:
+                weight_gradient_tile<T, 2>(to, panel, input, pairs + first, length);
+                break;
+              case 3:
+                weight_gradient_tile<T, 3>(to, panel, input, pairs + first, length);
+                break;
+              default:
+                weight_gradient_tile<T, 4>(to, panel, input, pairs + first, length);
+              }
+            }
+          }
+    }
+  }
+
+  // This thread's part of the caller's tensor (4 * C, in_per_group, kh, kw), contiguous.
+  template <class To> void write(To *to, int64_t channels, int thread, int threads) const {
+    const int64_t taps = geometry.taps, in_per_group = blocks.per_group;
+    const Range range = part_of(4 * channels, thread, threads);
+    for (int64_t out = range.begin; out < range.end; ++out) {
+      const int64_t gate = out / channels, channel = out % channels, group = channel / out_per_group;
+      const int64_t n = gate * out_per_group + channel % out_per_group;
+      for (int64_t c = 0; c < in_per_group; ++c)
+        for (int64_t tap = 0; tap < taps; ++tap)
+          to[(out * in_per_group + c) * taps + tap] =
+              convert<To>(at(group, tap, c / blocks.width, n / kPanel)[n % kPanel * kVectors * L + c % blocks.width]);
+    }
+  }
+};
+
+// T: type of all arithmetic. Io: type of the caller's tensors.
+template <class T, class Io> class Backward {
+  using N = Plain<T>;
+  static constexpr int L = kLanes<T>;
+  static constexpr int kInitial = -1, kZero = -2; // state before a step: the sequence's initial one; zero by a reset
+
+public:
+  explicit Backward(const ConvLSTM2dBackward &call)
+      : call_(call), batch_(call.batch), channels_(call.channels), per_group_(call.channels / call.groups),
+        pixels_(call.recurrent_conv->out_pixels), width_(call.recurrent_conv->shape.out_width),
+        input_row_{call.groups, call.in_channels / call.groups, call.in_channels / call.groups},
+        h_row_{call.groups, per_group_, per_group_}, cell_row_{1, channels_, channels_},
+        input_rows_per_image_(int64_t(call.input_conv->in_pixels) + 1), h_rows_per_image_(pixels_ + 1),
+        chunk_(larger(1, smaller(call.steps / 4, 3 * kPixelBlock / larger(1, batch_ * pixels_)))),
+        to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_),
+        to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
+        weight_ih_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
+        weight_hh_(*call.recurrent_conv, call.groups, per_group_, per_group_), lanes_(call.groups, per_group_, L),
+        parameters_(call, lanes_), recompute_(call.gates == nullptr) {
+    const int64_t frame = batch_ * pixels_;
+    needs_input_rows_ = recompute_ || call.grad_weight_ih;
+    needs_h_rows_ = recompute_ || call.grad_weight_hh;
+    if (needs_input_rows_)
+      input_rows_.allocate(chunk_ * batch_ * input_rows_per_image_ * input_row_.size());
+    if (needs_h_rows_)
+      h_rows_.allocate(chunk_ * batch_ * h_rows_per_image_ * channels_);
+    dz_.allocate((chunk_ + 1) * frame * 4 * channels_);
+    if (call.grad_output)
+      grad_output_rows_.allocate(2 * frame * channels_);
+    if (call.grad_h_n)
+      grad_h_n_rows_.allocate(frame * channels_);
+    if (call.c_0)
+      c_0_rows_.allocate(frame * channels_);
+    dc_.allocate(frame * channels_);
+    to_h_.allocate();
+    if (call.grad_h_0)
+      dh_0_rows_.allocate(frame * channels_);
+    if (call.grad_input)
+      to_input_.allocate();
+    if (call.grad_weight_ih)
+      weight_ih_.allocate();
+    if (call.grad_weight_hh)
+      weight_hh_.allocate();
+    if (call.grad_weight_ih || call.grad_weight_hh)
+      panels_.allocate(call.groups * weight_hh_.tiles * chunk_ * frame * kPanel);
+    if (call.grad_bias) {
+      bias_sums_.allocate(4 * channels_);
+      bias_sums_.fill_zero();
+    }
+    if (call.grad_peephole) {
+      peephole_sums_.allocate((call.pixel_peephole ? pixels_ : 1) * 3 * channels_);
+      peephole_sums_.fill_zero();
+    }
+    if (recompute_) {
+      new (&input_conv_) GateConvolution<N>(*call.input_conv, call.groups, input_row_.per_group, per_group_);
+      new (&recurrent_conv_) GateConvolution<N>(*call.recurrent_conv, call.groups, per_group_, per_group_);
+    }
+    find_predecessors();
+  }
+  Backward(const Backward &) = delete;
+  Backward &operator=(const Backward &) = delete;
+  ~Backward() {
+    if (recompute_) {
+      input_conv_.~GateConvolution<N>();
+      recurrent_conv_.~GateConvolution<N>();
+    }
+  }
+
+  void run() {
+    Buffer<ThreadState> states(call_.threads);
+    for (int k = 0; k < call_.threads; ++k)
+      new (&states[k]) ThreadState(batch_, chunk_, larger(pixels_, 1));
+    run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
+    for (int k = 0; k < call_.threads; ++k)
+      states[k].~ThreadState();
+  }
+
+private:
+  // Where each sample's gradients come from. Every thread keeps its own copy.
+  struct ThreadState {
+    ProductScratch<N> scratch;
+    Buffer<bool> pending;               // (B), dh comes from dz of the following step
+    Buffer<bool> from_end;              // (B), dh begins with grad_h_n
+    Buffer<bool> has_dc;                // (B), dc_ is not all zero
+    Buffer<int64_t> active;             // samples of a step, or step * B + sample of a chunk
+    Buffer<const T *> images, h_images; // (active)
+    Buffer<int64_t> inputs;             // (chunk * B)
+    Buffer<PixelPair> pairs;            // (chunk * B * pixels)
+
+    ThreadState(int64_t batch, int64_t chunk, int64_t pixels)
+        : pending(batch), from_end(batch), has_dc(batch), active(chunk * batch), images(chunk * batch),
+          h_images(chunk * batch), inputs(chunk * batch), pairs(chunk * batch * pixels) {}
+  };
+
+  bool is_active(int64_t s, int64_t b) const { return !(flags_of(call_, s, b) & kFlagPastEnd); }
+
+  // predecessor_[s][b]: the step whose state step s begins with, or kInitial, or kZero.
+  void find_predecessors() {
+    predecessor_.allocate(call_.steps * batch_);
+    for (int64_t b = 0; b < batch_; ++b) {
+      int64_t last = kInitial;
+      for (int64_t s = 0; s < call_.steps; ++s) {
+        const uint8_t flags = flags_of(call_, s, b);
+        predecessor_[s * batch_ + b] = flags & kFlagReset ? kZero : last;
+        if (!(flags & kFlagPastEnd))
+          last = s;
+      }
+    }
+  }
+
+  T *dz_slot(int64_t s, int64_t b) const {
+    return dz_.get() + (s % (chunk_ + 1) * batch_ + b) * pixels_ * 4 * channels_;
+  }
+  const T *cells(int64_t s, int64_t b) const {
+    return static_cast<const T *>(call_.cells) + (time_of(call_, s) * batch_ + b) * pixels_ * channels_;
+  }
+  // c before step s of sample b; null: zeros
+  const T *cells_before(int64_t s, int64_t b) const {
+    const int64_t before = predecessor_[s * batch_ + b];
+    if (before >= 0)
+      return cells(before, b);
+    return before == kInitial && call_.c_0 ? c_0_rows_.get() + b * pixels_ * channels_ : nullptr;
+  }
+  bool has_h_before(int64_t s, int64_t b) const {
+    const int64_t before = predecessor_[s * batch_ + b];
+    return before >= 0 || (before == kInitial && call_.h_0);
+  }
+
+  void pack_grad_output(int64_t s, int thread, int threads) {
+    if (call_.grad_output)
+      pack_frames(grad_output_rows_.get() + s % 2 * batch_ * pixels_ * channels_, cell_row_, pixels_,
+                  call_.grad_output.data, call_.dtype, call_.grad_output.stride + 2, width_, pixels_, batch_, thread,
+                  threads,
+                  [&](int64_t b) { return is_active(s, b) ? frame_of(call_.grad_output, time_of(call_, s), b) : -1; });
+  }
+
+  void run_thread(ThreadState &state, int thread, int threads) {
+    const DType state_type = sizeof(T) == 8 ? DType::float64 : DType::float32;
+    with_type(call_.dtype, [&](auto from) {
+      using From = decltype(from);
+      to_h_.template pack<From>(call_.weight_hh, channels_, thread, threads);
+      if (call_.grad_input)
+        to_input_.template pack<From>(call_.weight_ih, channels_, thread, threads);
+    });
+    if (recompute_) {
+      input_conv_.pack(call_.weight_ih, call_.dtype, channels_, thread, threads);
+      recurrent_conv_.pack(call_.weight_hh, call_.dtype, channels_, thread, threads);
+    }
+    if (thread == 0 && recompute_) {
+      zero_last_rows(input_rows_.get(), chunk_ * batch_, input_rows_per_image_, input_row_.size());
+      zero_last_rows(h_rows_.get(), chunk_ * batch_, h_rows_per_image_, channels_);
+    }
+    const auto pack_state = [&](const Buffer<T> &rows, const Tensor &from, DType type) {
+      if (from)
+        pack_frames(rows.get(), cell_row_, pixels_, from.data, type, from.stride + 1, width_, pixels_, batch_, thread,
+                    threads, [&](int64_t b) { return frame_of(from, b); });
+    };
+    pack_state(c_0_rows_, call_.c_0, state_type);
+    pack_state(dc_, call_.grad_c_n, state_type);
+    pack_state(grad_h_n_rows_, call_.grad_h_n, call_.dtype);
+    for (int64_t b = 0; b < batch_; ++b) {
+      state.pending[b] = false;
+      state.from_end[b] = bool(call_.grad_h_n);
+      state.has_dc[b] = bool(call_.grad_c_n);
+    }
+    pack_grad_output(call_.steps - 1, thread, threads);
+    for (int64_t end = call_.steps; end > 0;) {
+      const int64_t begin = larger(0, end - chunk_);
+      pack_chunk(begin, end, thread, threads);
+#pragma omp barrier
+      if (recompute_) {
+        recompute_gates(state, begin, end, thread, threads);
+#pragma omp barrier
+      }
+      for (int64_t s = end - 1; s >= begin; --s) {
+        step(state, s, thread, threads);
+        if (s > 0)
+          pack_grad_output(s - 1, thread, threads);
+#pragma omp barrier
+      }
+      finish_chunk(state, begin, end, thread, threads);
+#pragma omp barrier
+      end = begin;
+    }
+    finish(state, thread, threads);
+  }
+
+  // Input and previous h of each active step of a chunk, as rows.
+  void pack_chunk(int64_t begin, int64_t end, int thread, int threads) {
+    if (needs_input_rows_)
+      pack_frames(
+          input_rows_.get(), input_row_, input_rows_per_image_, call_.input.data, call_.dtype, call_.input.stride + 2,
+          call_.input_conv->shape.width, call_.input_conv->in_pixels, (end - begin) * batch_, thread, threads,
+          [&](int64_t k) {
+            const int64_t s = begin + k / batch_, b = k % batch_;
+            return is_active(s, b) ? frame_of(call_.input, time_of(call_, s), b) : -1;
+          },
+          partial_rows(*call_.input_conv));
+    if (!needs_h_rows_)
+      return;
+    // The output is where every h of the sequence stands; the initial one comes from elsewhere.
+    pack_frames(h_rows_.get(), h_row_, h_rows_per_image_, call_.output.data, call_.dtype, call_.output.stride + 2,
+                width_, pixels_, (end - begin) * batch_, thread, threads, [&](int64_t k) -> int64_t {
+                  const int64_t s = begin + k / batch_, b = k % batch_, before = predecessor_[s * batch_ + b];
+                  return is_active(s, b) && before >= 0 ? frame_of(call_.output, time_of(call_, before), b) : -1;
+                });
+    if (call_.h_0)
+      pack_frames(h_rows_.get(), h_row_, h_rows_per_image_, call_.h_0.data, call_.dtype, call_.h_0.stride + 1, width_,
+                  pixels_, (end - begin) * batch_, thread, threads, [&](int64_t k) -> int64_t {
+                    const int64_t s = begin + k / batch_, b = k % batch_;
+                    return is_active(s, b) && predecessor_[s * batch_ + b] == kInitial ? frame_of(call_.h_0, b) : -1;
+                  });
+  }
+
+  // The active steps and samples of a chunk, as (s - begin) * B + b.
+  int64_t list_active(ThreadState &state, int64_t begin, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t s = begin; s < end; ++s)
+      for (int64_t b = 0; b < batch_; ++b)
+        if (is_active(s, b))
+          state.active[count++] = (s - begin) * batch_ + b;
+    return count;
+  }
+
+  // All gates of a chunk, into the slots of its dz.
+  void recompute_gates(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
+    const int64_t count = list_active(state, begin, end);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t index = state.active[k];
+      state.images[k] = input_rows_.get() + index * input_rows_per_image_ * input_row_.size();
+      state.h_images[k] = has_h_before(begin + index / batch_, index % batch_)
+                              ? h_rows_.get() + index * h_rows_per_image_ * channels_
+                              : nullptr;
+    }
+    const Operand<N> operands[2] = {input_conv_.operand(state.images.get()),
+                                    recurrent_conv_.operand(state.h_images.get())};
+    const bool small = operands[0].whole && operands[1].whole;
+    const Activation activation = call_.activation;
+    for_pieces(lanes_.count(), count, pixels_, small, thread, threads, [&](int64_t block, int64_t first, int64_t last) {
+      product<N, kVectors>(operands, 2, block, lanes_.group(block), pixels_, first, last, state.scratch);
+      const int lanes = int(lanes_.channels(block));
+      const int64_t channel = lanes_.group(block) * per_group_ + lanes_.first(block);
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t index = state.active[k / pixels_], pixel = k % pixels_;
+        const int64_t s = begin + index / batch_, b = index % batch_;
+        const T *z = state.scratch.sums.get() + (k - first) * 4 * L, *bias = parameters_.bias.get() + block * 4 * L;
+        Vec<T> gate[4];
+        for (int n = 0; n < 4; ++n)
+          gate[n] = load(z + n * L) + load(bias + n * L);
+        if (parameters_.has_peephole) {
+          const T *weights = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
+          const int64_t at = pixel * channels_ + channel;
+          if (const T *before = cells_before(s, b)) {
+            const Vec<T> c = load_first(before + at, lanes);
+            gate[0] = fma(load_first(weights, lanes), c, gate[0]);
+            gate[1] = fma(load_first(weights + channels_, lanes), c, gate[1]);
+          }
+          gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_first(cells(s, b) + at, lanes), gate[3]);
+        }
+        T *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
+        for (int n = 0; n < 4; ++n)
+          store_first(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]), lanes);
+      }
+    });
+  }
+
+  void step(ThreadState &state, int64_t s, int thread, int threads) {
+    int64_t count = 0;
+    for (int64_t b = 0; b < batch_; ++b) {
+      if (is_active(s, b)) {
+        state.active[count] = b;
+        state.images[count++] = state.pending[b] ? dz_slot(s + 1, b) : nullptr;
+      } else if (state.pending[b] && b % threads == thread) { // the state passes through
+        std::memcpy(dz_slot(s, b), dz_slot(s + 1, b), size_t(pixels_ * 4 * channels_) * sizeof(T));
+      }
+    }
+    for_pieces(to_h_.blocks.count(), count, pixels_, false, thread, threads,
+               [&](int64_t block, int64_t begin, int64_t end) {
+                 to_h_.run(state.images.get(), block, begin, end, state.scratch);
+                 cell_backward(state, s, block, begin, end);
+               });
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t b = state.active[k];
+      const bool reset = flags_of(call_, s, b) & kFlagReset;
+      state.pending[b] = state.has_dc[b] = !reset;
+      state.from_end[b] = false;
+    }
+  }
+
+  // From dh (the sums, grad_output, grad_h_n) and dc to dz and dc of the step before.
+  __attribute__((noinline)) void cell_backward(const ThreadState &state, int64_t s, int64_t block, int64_t begin,
+                                               int64_t end) {
+    using V = Vec<T>;
+    const Activation activation = call_.activation;
+    const int64_t group = to_h_.blocks.group(block), width = to_h_.vectors(block) * L;
+    const T *grad_output = call_.grad_output ? grad_output_rows_.get() + s % 2 * batch_ * pixels_ * channels_ : nullptr;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t b = state.active[k / pixels_], pixel = k % pixels_;
+      const int64_t row = (b * pixels_ + pixel) * channels_;
+      const T *before = cells_before(s, b);
+      const Io *saved = recompute_ ? nullptr
+                                   : static_cast<const Io *>(call_.gates) +
+                                         ((time_of(call_, s) * batch_ + b) * pixels_ + pixel) * 4 * channels_;
+      T *dz_row = dz_slot(s, b) + pixel * 4 * channels_;
+      for (int64_t first = 0; first < to_h_.blocks.channels(block); first += L) {
+        const int lanes = int(smaller(L, to_h_.blocks.channels(block) - first));
+        const int64_t in_group = to_h_.blocks.first(block) + first, channel = group * per_group_ + in_group;
+        const int64_t at = group * 4 * per_group_ + in_group;
+        V dh = load(state.scratch.sums.get() + (k - begin) * width + first);
+        if (grad_output != nullptr)
+          dh = dh + load_first(grad_output + row + channel, lanes);
+        if (state.from_end[b])
+          dh = dh + load_first(grad_h_n_rows_.get() + row + channel, lanes);
+        V gate[4];
+        for (int n = 0; n < 4; ++n)
+          gate[n] = saved == nullptr ? load_first(dz_row + at + n * per_group_, lanes)
+                                     : load_first_as<T>(saved + at + n * per_group_, lanes);
+        const V i = clamp_gate<T>(activation, gate[0]), f = clamp_gate<T>(activation, gate[1]);
+        const V g = gate[2], o = clamp_gate<T>(activation, gate[3]);
+        const V c = load_first(cells(s, b) + pixel * channels_ + channel, lanes);
+        const V c_before = before == nullptr ? V{} : load_first(before + pixel * channels_ + channel, lanes);
+        const V tanh_c = tanh<T>(c);
+        const V dz_o = dh * tanh_c * gate_slope<T>(activation, gate[3]);
+        V dc = dh * o * (T(1) - tanh_c * tanh_c);
+        if (state.has_dc[b])
+          dc = dc + load_first(dc_.get() + row + channel, lanes);
+        const T *peephole = nullptr;
+        if (parameters_.has_peephole) {
+          peephole = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
+          dc = fma(load_first(peephole + 2 * channels_, lanes), dz_o, dc);
+        }
+        const V dz_i = dc * g * gate_slope<T>(activation, gate[0]);
+        const V dz_f = dc * c_before * gate_slope<T>(activation, gate[1]);
+        const V dz_g = dc * i * (T(1) - g * g);
+        V dc_before = dc * f;
+        if (peephole != nullptr) {
+          dc_before = fma(load_first(peephole, lanes), dz_i, dc_before);
+          dc_before = fma(load_first(peephole + channels_, lanes), dz_f, dc_before);
+        }
+        store_first(dc_.get() + row + channel, dc_before, lanes);
+        store_first(dz_row + at, dz_i, lanes);
+        store_first(dz_row + at + per_group_, dz_f, lanes);
+        store_first(dz_row + at + 2 * per_group_, dz_g, lanes);
+        store_first(dz_row + at + 3 * per_group_, dz_o, lanes);
+      }
+    }
+  }
+
+  // Gradients that are summed over steps, and that of the input.
+  void finish_chunk(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
+    const int64_t count = list_active(state, begin, end);
+    if (call_.grad_weight_ih || call_.grad_weight_hh) {
+      pack_panels(state, count, begin, end, thread, threads);
+#pragma omp barrier
+      const int64_t images = (end - begin) * batch_;
+      for (int64_t k = 0; k < images; ++k)
+        state.inputs[k] =
+            is_active(begin + k / batch_, k % batch_) ? k * input_rows_per_image_ * input_row_.size() : -1;
+      if (call_.grad_weight_ih)
+        weight_ih_.add(panels_.get(), input_rows_.get(), state.inputs.get(), images, input_row_.size(),
+                       state.pairs.get(), thread, threads);
+      for (int64_t k = 0; k < images; ++k) {
+        const int64_t s = begin + k / batch_, b = k % batch_;
+        state.inputs[k] = is_active(s, b) && has_h_before(s, b) ? k * h_rows_per_image_ * channels_ : -1;
+      }
+      if (call_.grad_weight_hh)
+        weight_hh_.add(panels_.get(), h_rows_.get(), state.inputs.get(), images, channels_, state.pairs.get(), thread,
+                       threads);
+    }
+    if (call_.grad_bias)
+      add_bias(state, count, begin, thread, threads);
+    if (call_.grad_peephole)
+      add_peephole(state, count, begin, thread, threads);
+    if (call_.grad_input)
+      write_grad_input(state, count, begin, end, thread, threads);
+  }
+
+  // dz as [group][tile][pixel of all images][kPanel], zeros behind the last gate.
+  void pack_panels(const ThreadState &state, int64_t count, int64_t begin, int64_t end, int thread, int threads) {
+    const int64_t tiles = weight_hh_.tiles, panel_size = (end - begin) * batch_ * pixels_ * kPanel;
+    const Range range = part_of(count * pixels_, thread, threads);
+    for (int64_t k = range.begin; k < range.end; ++k) {
+      const int64_t index = state.active[k / pixels_], pixel = k % pixels_;
+      const T *row = dz_slot(begin + index / batch_, index % batch_) + pixel * 4 * channels_;
+      T *to = panels_.get() + (index * pixels_ + pixel) * kPanel;
+      for (int64_t group = 0; group < call_.groups; ++group, row += 4 * per_group_)
+        for (int64_t tile = 0; tile < tiles; ++tile, to += panel_size) {
+          const int64_t n = smaller(kPanel, 4 * per_group_ - tile * kPanel);
+          if (n == kPanel) {
+            std::memcpy(to, row + tile * kPanel, kPanel * sizeof(T));
+            continue;
+          }
+          for (int64_t p = 0; p < n; ++p)
+            to[p] = row[tile * kPanel + p];
+          for (int64_t p = n; p < kPanel; ++p)
+            to[p] = T{};
+        }
+    }
+  }
+
+  // A thread sums its channels over all pixels: a float sum for each image, those in double.
+  void add_bias(const ThreadState &state, int64_t count, int64_t begin, int thread, int threads) {
+    const int64_t row = 4 * channels_;
+    const Range range = part_of((row + L - 1) / L, thread, threads);
+    for (int64_t unit = range.begin; unit < range.end; ++unit) {
+      const int lanes = int(smaller(L, row - unit * L));
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t index = state.active[k];
+        const T *dz = dz_slot(begin + index / batch_, index % batch_) + unit * L;
+        Vec<T> sum{};
+        for (int64_t pixel = 0; pixel < pixels_; ++pixel)
+          sum = sum + load_first(dz + pixel * row, lanes);
+        for (int lane = 0; lane < lanes; ++lane)
+          bias_sums_[unit * L + lane] += double(sum[lane]);
+      }
+    }
+  }
+
+  void add_peephole(const ThreadState &state, int64_t count, int64_t begin, int thread, int threads) {
+    const int64_t units = call_.pixel_peephole ? pixels_ : channels_;
+    const Range range = part_of(units, thread, threads);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t index = state.active[k], s = begin + index / batch_, b = index % batch_;
+      const T *dz = dz_slot(s, b), *c = cells(s, b), *before = cells_before(s, b);
+      const auto add = [&](int64_t pixel, int64_t channel, double *to) {
+        const T *z = dz + pixel * 4 * channels_ + channel / per_group_ * 4 * per_group_ + channel % per_group_;
+        const int64_t at = pixel * channels_ + channel;
+        if (before != nullptr) {
+          to[0] += double(z[0]) * double(before[at]);
+          to[channels_] += double(z[per_group_]) * double(before[at]);
+        }
+        to[2 * channels_] += double(z[3 * per_group_]) * double(c[at]);
+      };
+      if (call_.pixel_peephole) {
+        for (int64_t pixel = range.begin; pixel < range.end; ++pixel)
+          for (int64_t channel = 0; channel < channels_; ++channel)
+            add(pixel, channel, peephole_sums_.get() + pixel * 3 * channels_ + channel);
+      } else {
+        for (int64_t pixel = 0; pixel < pixels_; ++pixel)
+          for (int64_t channel = range.begin; channel < range.end; ++channel)
+            add(pixel, channel, peephole_sums_.get() + channel);
+      }
+    }
+  }
+
+  void write_grad_input(ThreadState &state, int64_t count, int64_t begin, int64_t end, int thread, int threads) {
+    const Tensor &grad = call_.grad_input;
+    Io *data = static_cast<Io *>(grad.data);
+    const int64_t in_pixels = call_.input_conv->in_pixels;
+    const int64_t pixel_stride = grad.stride[4], channel_stride = grad.stride[2];
+    for (int64_t k = thread; k < (end - begin) * batch_; k += threads) {
+      const int64_t s = begin + k / batch_, b = k % batch_;
+      if (is_active(s, b))
+        continue;
+      Io *to = data + frame_of(grad, time_of(call_, s), b);
+      for (int64_t p = 0; p < in_pixels; ++p)
+        for (int64_t c = 0; c < call_.in_channels; ++c)
+          to[p * pixel_stride + c * channel_stride] = Io{};
+    }
+    for (int64_t k = 0; k < count; ++k)
+      state.images[k] = dz_slot(begin + state.active[k] / batch_, state.active[k] % batch_);
+    const Blocks &blocks = to_input_.blocks;
+    for_pieces(blocks.count(), count, in_pixels, false, thread, threads,
+               [&](int64_t block, int64_t first, int64_t last) {
+                 to_input_.run(state.images.get(), block, first, last, state.scratch);
+                 const int64_t channel = blocks.group(block) * blocks.per_group + blocks.first(block);
+                 const int64_t width = to_input_.vectors(block) * L;
+                 for (int64_t k = first; k < last;) {
+                   const int64_t index = state.active[k / in_pixels], pixel = k % in_pixels;
+                   const int64_t run = smaller(last - k, in_pixels - pixel);
+                   Io *to = data + frame_of(grad, time_of(call_, begin + index / batch_), index % batch_) +
+                            pixel * pixel_stride + channel * channel_stride;
+                   const T *sums = state.scratch.sums.get() + (k - first) * width;
+                   if (pixel_stride == 1) {
+                     transpose(to, channel_stride, sums, width, run, blocks.channels(block));
+                   } else {
+                     for (int64_t p = 0; p < run; ++p)
+                       for (int64_t c = 0; c < blocks.channels(block); ++c)
+                         to[p * pixel_stride + c * channel_stride] = convert<Io>(sums[p * width + c]);
+                   }
+                   k += run;
+                 }
+               });
+  }
+
+  // Gradients of the initial state, and what was summed over the chunks.
+  void finish(ThreadState &state, int thread, int threads) {
+    const DType state_type = sizeof(T) == 8 ? DType::float64 : DType::float32;
+    if (call_.grad_h_0) {
+      for (int64_t b = 0; b < batch_; ++b)
+        state.images[b] = state.pending[b] ? dz_slot(0, b) : nullptr;
+      for_pieces(to_h_.blocks.count(), batch_, pixels_, false, thread, threads,
+                 [&](int64_t block, int64_t begin, int64_t end) {
+                   to_h_.run(state.images.get(), block, begin, end, state.scratch);
+                   const int64_t width = to_h_.vectors(block) * L;
+                   const int64_t channel = to_h_.blocks.group(block) * per_group_ + to_h_.blocks.first(block);
+                   for (int64_t k = begin; k < end; ++k)
+                     for (int64_t c = 0; c < to_h_.blocks.channels(block); ++c) {
+                       const int64_t at = k * channels_ + channel + c;
+                       const T end_gradient = state.from_end[k / pixels_] ? grad_h_n_rows_[at] : T{};
+                       dh_0_rows_[at] = state.scratch.sums[(k - begin) * width + c] + end_gradient;
+                     }
+                 });
+#pragma omp barrier
+      unpack_frames<T>([&](int64_t b) { return dh_0_rows_.get() + b * pixels_ * channels_; }, cell_row_,
+                       call_.grad_h_0.data, call_.dtype, call_.grad_h_0.stride + 1, width_, pixels_, batch_,
+                       call_.grad_h_0.stride[0], thread, threads);
+    }
+    if (call_.grad_c_0)
+      unpack_frames<T>([&](int64_t b) { return state.has_dc[b] ? dc_.get() + b * pixels_ * channels_ : nullptr; },
+                       cell_row_, call_.grad_c_0.data, state_type, call_.grad_c_0.stride + 1, width_, pixels_, batch_,
+                       call_.grad_c_0.stride[0], thread, threads);
+    if (call_.grad_weight_ih)
+      weight_ih_.write(static_cast<Io *>(call_.grad_weight_ih.data), channels_, thread, threads);
+    if (call_.grad_weight_hh)
+      weight_hh_.write(static_cast<Io *>(call_.grad_weight_hh.data), channels_, thread, threads);
+    if (thread != 0)
+      return;
+    if (call_.grad_bias) {
+      Io *to = static_cast<Io *>(call_.grad_bias.data);
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t c = 0; c < channels_; ++c)
+          to[gate * channels_ + c] =
+              convert<Io>(bias_sums_[c / per_group_ * 4 * per_group_ + gate * per_group_ + c % per_group_]);
+    }
+    if (call_.grad_peephole) {
+      Io *to = static_cast<Io *>(call_.grad_peephole.data);
+      const int64_t count = call_.pixel_peephole ? pixels_ : 1;
+      for (int64_t k = 0; k < 3 * channels_; ++k)
+        for (int64_t pixel = 0; pixel < count; ++pixel)
+          to[k * count + pixel] = convert<Io>(peephole_sums_[pixel * 3 * channels_ + k]);
+    }
+  }
+
+  const ConvLSTM2dBackward &call_;
+  int64_t batch_, channels_, per_group_, pixels_, width_;
+  Row input_row_, h_row_, cell_row_;
+  int64_t input_rows_per_image_, h_rows_per_image_;
+  int64_t chunk_; // steps
+  TransposedConvolution<T> to_h_, to_input_;
+  WeightGradient<T> weight_ih_, weight_hh_;
+  Blocks lanes_; // of hidden channels, one vector wide
+  CellParameters<T> parameters_;
+  bool recompute_, needs_input_rows_, needs_h_rows_;
+  union { // there only if recompute_
+    GateConvolution<N> input_conv_;
+  };
+  union {
+    GateConvolution<N> recurrent_conv_;
+  };
+  Buffer<int64_t> predecessor_;   // (T, B)
+  Buffer<T> input_rows_, h_rows_; // (chunk, B, pixels, channels)
+  Buffer<T> dz_;                  // (chunk + 1, B, pixels, 4 * C), step s in slot s modulo chunk + 1
+  Buffer<T> panels_;              // dz for the weight gradients
+  Buffer<T> grad_output_rows_;    // (2, B, pixels, C), the step's and the next one's
+  Buffer<T> grad_h_n_rows_, c_0_rows_, dc_, dh_0_rows_; // (B, pixels, C)
+  Buffer<double> bias_sums_;                            // [group][gate][channel]
+  Buffer<double> peephole_sums_;                        // [pixel or one][i, f, o][channel]
+};
+
+} // namespace
+
+void conv_lstm2d_backward(const ConvLSTM2dBackward &call) {
+  switch (call.dtype) {
+  case DType::float32:
+    return Backward<float, float>(call).run();
+  case DType::bfloat16:
+    return Backward<float, bfloat16>(call).run();
+  case DType::float64:
+    return Backward<double, double>(call).run();
+  }
+}
+
+} // namespace FC_ISA
+} // namespace fused_convlstm

@@ -1,0 +1,38 @@
+// What the cells have in common: which step follows on which, and which columns of a product a thread has.
+#pragma once
+
+#include "product.cuh"
+
+namespace fused_convlstm {
+
+constexpr int CLUSTER_BLOCKS = 8; // the largest size that every device with clusters takes
+
+FCL_DEVICE int source_of(const Sequence &s, int step, int image) {
+  if (s.source != nullptr) {
+    return s.source[static_cast<int64_t>(step) * s.batch + image];
+  }
+  const int before = s.reverse ? step + 1 : step - 1;
+  return before >= 0 && before < s.steps ? before : OUTSIDE;
+}
+
+FCL_DEVICE int sink_of(const Sequence &s, const int *sink, int step, int image) {
+  if (sink != nullptr) {
+    return sink[static_cast<int64_t>(step) * s.batch + image];
+  }
+  if (step == s.steps) {
+    return s.reverse ? s.steps - 1 : 0;
+  }
+  const int after = s.reverse ? step - 1 : step + 1;
+  return after >= 0 && after < s.steps ? after : OUTSIDE;
+}
+
+// Of every 32 columns, fragments 0 to 3 of quad q hold channels 8 * q to 8 * q + 7.
+template <class Tile>
+FCL_DEVICE void channels_of_thread(const Accumulators<Tile> &acc, int m, int half, int four, float (&dh)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    dh[k] = acc.value[m][2 * four + k / 2][2 * half + k % 2];
+  }
+}
+
+} // namespace fused_convlstm

@@ -1,0 +1,68 @@
+"""Where an action happens, from class labels alone: tubes of boxes from attention maps (VideoLSTM)."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .maps import resize_maps
+
+Boxes = npt.NDArray[np.float64]  # (T, 4): x, y of the top left corner, width, height in pixels
+
+
+def smooth_over_time(maps: Tensor, sigma: float) -> Tensor:  # (T, h, w) -> (T, h, w)
+    """Each pixel's values over time through a Gaussian of ``sigma`` steps; the ends are continued."""
+    if sigma <= 0.0:
+        return maps
+    radius = max(1, round(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    series = maps.float().flatten(1).T[:, None]  # (h * w, 1, T)
+    padded = F.pad(series, (radius, radius), mode="replicate")
+    return F.conv1d(padded, (weights / weights.sum())[None, None])[:, 0].T.view_as(maps)
+
+
+def attention_tube(
+    maps: Tensor, steps: int, size: tuple[int, int], *, sigma: float = 2.0, threshold: float = 0.4
+) -> Boxes:
+    """The box of the action in every frame.
+
+    The maps are smoothed over time and enlarged to the frames; in each, what exceeds ``threshold`` of the way from its
+    median to its largest value is kept, and the connected piece with the most attention gives the box.
+
+    Args:
+        maps: (T', h, w), at least zero.
+        steps: frames T.
+        size: (H, W) of the frames.
+        sigma: of the smoothing, in steps of ``maps``.
+        threshold: 0 to 1.
+
+    Returns:
+        (T, 4): x, y, width, height in pixels of the frames.
+    """
+    if not 0.0 <= threshold < 1.0:
+        raise ValueError(f"threshold: expected from 0 to less than 1, got {threshold}")
+    scaled = resize_maps(smooth_over_time(maps.cpu(), sigma), steps, size).numpy()
+    boxes = np.empty((steps, 4))
+    for t, picture in enumerate(scaled):
+        middle, top = float(np.median(picture)), float(picture.max())
+        kept = (picture >= middle + threshold * (top - middle)).astype(np.uint8)
+        count, labels, statistics, _ = cv2.connectedComponentsWithStats(kept, connectivity=4)
+        weights = np.bincount(labels.ravel(), weights=picture.ravel(), minlength=count)
+        weights[0] = -np.inf  # the background
+        boxes[t] = statistics[int(np.argmax(weights)), :4]
+    return boxes
+
+
+def box_iou(first: Boxes, second: Boxes) -> npt.NDArray[np.float64]:  # (T, 4), (T, 4) -> (T,)
+    """Intersection over union of boxes in pairs; zero where both are empty."""
+    low = np.maximum(first[:, :2], second[:, :2])
+    high = np.minimum(first[:, :2] + first[:, 2:], second[:, :2] + second[:, 2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    union = first[:, 2:].prod(axis=1) + second[:, 2:].prod(axis=1) - common
+    shares: npt.NDArray[np.float64] = common / np.where(union > 0, union, 1.0)
+    return shares

@@ -1,0 +1,221 @@
+"""What the CUDA kernels serve, and the way from a call to them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import Backend
+from ..call import Call, ConvLSTMOptions
+from . import conv_lstm2d, measured, pooled_gate
+from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels
+
+MINIMUM_CAPABILITY = (8, 0)
+FRAME_BYTES = 2**31  # offsets within a frame, and the number of a pixel in a launch, are 32-bit
+ROWS = 2**31
+
+
+class CudaBackend(Backend):
+    """Kernels in ``fused_convlstm._cuda``."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, str | None]:
+        """The extension, or why there is none."""
+        try:
+            return importlib.import_module("fused_convlstm._cuda"), None
+        except ImportError as error:
+            return None, f"the extension fused_convlstm._cuda is not built or cannot be loaded ({error})"
+
+    def unavailable(self) -> str | None:
+        if self._loaded[1] is not None:
+            return self._loaded[1]
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        return None
+
+    def refuse(self, call: Call) -> str | None:
+        options = call.options
+        if call.device.type != self.device_type:
+            return f"the input is on {call.device.type}, the kernels run on {self.device_type}"
+        if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {call.dtype}: float32, float16 and bfloat16 are served"
+        if options.padding_mode != "zeros":
+            return f"padding_mode {options.padding_mode!r}: only 'zeros' is served"
+        if options.groups != 1:
+            return f"groups {options.groups}: only 1 is served"
+        if call.peephole == "pixel":
+            return "peephole per pixel: none and per channel are served"
+        pixels = call.state_size[0] * call.state_size[1]
+        frame = max(call.input_size[0] * call.input_size[1] * call.in_channels, pixels * 4 * call.hidden_channels)
+        if frame * call.dtype.itemsize >= FRAME_BYTES // 2 or call.steps * call.batch * pixels >= ROWS:
+            return "a frame of 1 GiB or more, or a sequence of 2^31 pixels or more"
+        if self.unavailable() is not None:
+            return None  # what the kernels serve can be asked where they cannot run
+        return self._refuse_device(call.device) or self._refuse_shared_memory(call)
+
+    def _refuse_shared_memory(self, call: Call) -> str | None:
+        if call.cell != "pooled_gate_conv_lstm2d":
+            return None
+        needed = self._module.pooled_gate_shared_bytes(self._number(call.dtype), call.hidden_channels)
+        there = self._shared_bytes(call.device)
+        if needed > there:
+            return f"{call.hidden_channels} channels need {needed} bytes of shared memory; the device has {there}"
+        return None
+
+    def _shared_bytes(self, device: torch.device) -> int:
+        """Shared memory that a block may have."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return int(self._module.shared_bytes_per_block(index))
+
+    @property
+    def _module(self) -> Any:
+        return self._loaded[0]
+
+    def _refuse_device(self, device: torch.device) -> str | None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]}: 8.0 and later are served"
+        return None
+
+    def decline(self, call: Call) -> str | None:
+        return measured.prefer_other(call, torch.cuda.get_device_capability(call.device))
+
+    def info(self) -> dict[str, str]:
+        module = self._loaded[0]
+        return {} if module is None else {"architectures": module.architectures}
+
+    def _kernels(self, input: Tensor) -> Kernels:
+        device = torch.cuda.current_device() if input.device.index is None else input.device.index
+        return Kernels(
+            self._loaded[0], self._number(input.dtype), device, torch.cuda.current_stream(device).cuda_stream
+        )
+
+    def _number(self, dtype: torch.dtype) -> int:
+        """The number format: tf32 where PyTorch may use it for its own convolutions."""
+        if dtype == torch.float32:
+            return TF32 if _tf32_allowed() else FLOAT32
+        return HALF if dtype == torch.float16 else BFLOAT16
+
+    @contextmanager
+    def _on_device(self, input: Tensor) -> Iterator[None]:
+        """The input's device is current, and what goes through cuDNN gives the same bits every time."""
+        before = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = True
+        try:
+            with torch.cuda.device(input.device):
+                yield
+        finally:
+            torch.backends.cudnn.deterministic = before
+
+    def conv_lstm2d(
+        self,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        step_flags: Tensor | None,
+        options: ConvLSTMOptions,
+        save: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with self._on_device(input):
+            return conv_lstm2d.forward(
+                self._kernels(input), input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, options, save
+            )
+
+    def conv_lstm2d_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        step_flags: Tensor | None,
+        output: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        options: ConvLSTMOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        with self._on_device(input):
+            return conv_lstm2d.backward(
+                self._kernels(input), grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weight_ih, weight_hh, bias,
+                peephole, step_flags, output, gates, cells, options, needs,
+            )  # fmt: skip
+
+    def pooled_gate_conv_lstm2d(
+        self,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        gate_weight_ih: Tensor,
+        gate_weight_hh: Tensor,
+        gate_bias: Tensor | None,
+        depthwise_ih: Tensor,
+        depthwise_hh: Tensor,
+        pointwise_ih: Tensor,
+        pointwise_hh: Tensor,
+        bias: Tensor | None,
+        step_flags: Tensor | None,
+        options: ConvLSTMOptions,
+        save: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with self._on_device(input):
+            return pooled_gate.forward(
+                self._kernels(input), input, h_0, c_0, gate_weight_ih, gate_weight_hh, gate_bias, depthwise_ih,
+                depthwise_hh, pointwise_ih, pointwise_hh, bias, step_flags, options, save,
+            )  # fmt: skip
+
+    def pooled_gate_conv_lstm2d_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        gate_weight_ih: Tensor,
+        gate_weight_hh: Tensor,
+        gate_bias: Tensor | None,
+        depthwise_ih: Tensor,
+        depthwise_hh: Tensor,
+        pointwise_ih: Tensor,
+        pointwise_hh: Tensor,
+        bias: Tensor | None,
+        step_flags: Tensor | None,
+        output: Tensor,
+        gates: Tensor,
+        candidate: Tensor,
+        cells: Tensor,
+        options: ConvLSTMOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        with self._on_device(input):
+            return pooled_gate.backward(
+                self._kernels(input), grad_output, grad_h_n, grad_c_n, input, h_0, c_0, gate_weight_ih,
+                gate_weight_hh, gate_bias, depthwise_ih, depthwise_hh, pointwise_ih, pointwise_hh, bias, step_flags,
+                output, gates, candidate, cells, options, needs,
+            )  # fmt: skip
+
+
+def _tf32_allowed() -> bool:
+    convolution = getattr(torch.backends.cudnn, "conv", None)
+    if convolution is not None and hasattr(convolution, "fp32_precision"):  # torch 2.9 and later
+        return bool(convolution.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)

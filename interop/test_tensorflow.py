@@ -1,0 +1,67 @@
+"""Keras 2 (tf_keras) and Sonnet 2, on TensorFlow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_convlstm.convert import from_keras, from_weights
+
+tf = pytest.importorskip("tensorflow")
+LIBRARY = f"Keras 2 and Sonnet on TensorFlow {tf.__version__}"
+B, T, SIZE, CIN, F = 2, 4, (7, 8), 3, 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # its default is hard_sigmoid, the old one
+        {"recurrent_activation": "sigmoid"},
+        {"padding": "same", "kernel_size": (2, 4)},
+        {"padding": "same", "strides": (2, 3)},
+        {"go_backwards": True},
+    ],
+    ids=str,
+)
+def test_keras2(compare, options: dict, tmp_path: Path) -> None:
+    tf_keras = pytest.importorskip("tf_keras")
+    options = {"kernel_size": 3, "return_sequences": True} | options
+    layer = tf_keras.layers.ConvLSTM2D(F, dtype="float64", name="lstm", **options)
+    model = tf_keras.Sequential([tf_keras.Input((T, *SIZE, CIN)), layer])
+    random = np.random.default_rng(0)
+    layer.set_weights([0.4 * random.normal(size=w.shape) for w in layer.get_weights()])
+    x = 3 * random.normal(size=(B, T, *SIZE, CIN))
+    x_tf = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x_tf)
+        output = layer(x_tf)
+        coefficients = random.normal(size=output.shape)
+        loss = tf.reduce_sum(output * coefficients)
+    x_torch = torch.tensor(x, requires_grad=True)
+    actual = from_keras(layer)(x_torch)
+    actual.backward(torch.tensor(coefficients))
+    compare("Keras 2: output", actual.detach(), output)
+    compare("Keras 2: gradient of the input", x_torch.grad, tape.gradient(loss, x_tf))
+    for ending in (".h5", ".keras"):
+        model.save(tmp_path / f"model{ending}")
+        loaded = from_keras(tmp_path / f"model{ending}", "lstm")
+        compare(f"Keras 2: output of a model from {ending}", loaded(torch.tensor(x)).detach(), output)
+
+
+@pytest.mark.parametrize("kernel", [3, (2, 4)], ids=str)
+def test_sonnet(compare, kernel) -> None:
+    sonnet = pytest.importorskip("sonnet")
+    cell = sonnet.Conv2DLSTM((*SIZE, CIN), F, kernel, dtype=tf.float64)
+    x = np.random.default_rng(0).normal(size=(T, B, *SIZE, CIN))
+    output, state = sonnet.dynamic_unroll(cell, tf.constant(x), cell.initial_state(B))
+    arrays = {
+        "input_to_hidden.w": cell.input_to_hidden, "hidden_to_hidden.w": cell.hidden_to_hidden, "b": cell.b,
+    }  # fmt: skip
+    fused = from_weights(arrays, "Sonnet")
+    actual, (h, c) = fused(torch.tensor(x).movedim(-1, 2))
+    compare("Sonnet: output", actual.detach().movedim(2, -1), output)
+    compare("Sonnet: last state", h[0].detach().movedim(1, -1), state.hidden)
+    compare("Sonnet: last state", c[0].detach().movedim(1, -1), state.cell)

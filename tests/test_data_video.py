@@ -1,0 +1,142 @@
+"""Decoding and encoding video files."""
+
+import av
+import numpy as np
+import pytest
+
+from fused_convlstm.data import VideoError, read_video, write_video
+
+
+def numbered_frames(count, height=48, width=64):
+    """Frames whose brightness tells their number."""
+    return [np.full((height, width), 20 + 8 * number, dtype=np.uint8) for number in range(count)]
+
+
+def numbers(frames):
+    return [round((float(frame.mean()) - 20) / 8) for frame in frames]
+
+
+def test_written_frames_are_read_back(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered_frames(12), fps=25)
+    frames, rate = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (12, 48, 64, 1)
+    assert frames.dtype == np.uint8
+    assert rate == 25
+    assert numbers(frames) == list(range(12))
+
+
+def test_colour(tmp_path):
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    picture[:, :32, 0] = 200
+    picture[:, 32:, 2] = 200
+    write_video(tmp_path / "a.mp4", [picture] * 3)
+    frames, _ = read_video(tmp_path / "a.mp4", rgb=True)
+    assert frames.shape == (3, 48, 64, 3)
+    assert np.abs(frames[0, 10, 5].astype(int) - [200, 0, 0]).max() < 12
+    assert np.abs(frames[0, 10, 60].astype(int) - [0, 0, 200]).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format"),
+    [
+        ("ffv1", "yuv420p"),
+        ("ffv1", "yuv444p"),
+        ("ffv1", "yuv420p10le"),
+        ("ffv1", "gray"),
+        ("ffv1", "bgr0"),
+        ("mjpeg", "yuvj420p"),
+        ("mpeg1video", "yuv420p"),
+    ],
+)
+@pytest.mark.parametrize("width", [64, 50])
+def test_grey_equals_the_general_conversion(tmp_path, codec, pixel_format, width):
+    """Whatever the pixel format, range and padding of the rows."""
+    ramp = np.broadcast_to(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], (48, width, 3))
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, 48, pixel_format
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(ramp), "rgb24")))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "a.mkv")
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        expected = np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+    assert np.abs(frames[..., 0].astype(int) - expected).max() <= 1
+    assert np.abs(frames[0, 10, :, 0].astype(int) - ramp[10, :, 0]).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "expected"),
+    [
+        (50, 12, [0, 2, 4, 6, 8, 10]),
+        (10, 4, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]),
+        (30, 12, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_other_frame_rates_keep_time(tmp_path, rate, count, expected):
+    write_video(tmp_path / "a.mp4", numbered_frames(count), fps=rate)
+    frames, found = read_video(tmp_path / "a.mp4", 25.0)
+    assert found == rate
+    assert numbers(frames) == expected
+    own, _ = read_video(tmp_path / "a.mp4", None)
+    assert numbers(own) == list(range(count))
+
+
+def test_variable_frame_rate_keeps_time(tmp_path):
+    """Frames at 0, 1, 2 and 10 to 13 twenty-fifths of a second: the third stays until the fourth comes."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture, time in zip(numbered_frames(7), [0, 1, 2, 10, 11, 12, 13], strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, "gray")
+            frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "a.mp4", 25.0)
+    assert numbers(frames) == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 5, 6]
+
+
+def test_no_video(tmp_path):
+    (tmp_path / "a.mp4").write_text("this is no video")
+    with pytest.raises(VideoError, match="cannot be decoded at its start"):
+        read_video(tmp_path / "a.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(VideoError, match="cannot be decoded at its start"):
+        read_video(tmp_path / "empty.mp4")
+    with pytest.raises(VideoError, match="No such file"):
+        read_video(tmp_path / "missing.mp4")
+
+
+def test_sound_only(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match="no video stream"):
+        read_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("header_first", [False, True])
+def test_truncated_file(tmp_path, kept, header_first):
+    """A cut file is an error wherever its header is, never a shorter clip."""
+    rng = np.random.default_rng(0)
+    options = {"movflags": "faststart"} if header_first else {}
+    with av.open(str(tmp_path / "a.mp4"), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(30):
+            picture = rng.integers(0, 255, (48, 64), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "gray")))
+        container.mux(stream.encode())
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(VideoError, match=r"damaged|cannot be decoded"):
+        read_video(tmp_path / "cut.mp4")
+
+
+def test_write_needs_frames(tmp_path):
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_video(tmp_path / "a.mp4", [])

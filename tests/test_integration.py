@@ -1,0 +1,147 @@
+"""The operators inside PyTorch's machinery: opcheck, autocast, torch.compile, torch.export, DDP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import Case, case_id, in_layout, make_tensors
+from torch import Tensor
+
+from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d, ops, use_backend
+from fused_convlstm import functional as FC
+from fused_convlstm.backends.call import SAVE_CELLS, SAVE_GATES, SAVE_NOTHING
+from fused_convlstm.ops._sequence import flatten_options
+
+LAYERS = [ConvLSTM2d, PooledGateConvLSTM2d]
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("save", [SAVE_NOTHING, SAVE_CELLS, SAVE_GATES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(cell=cell, **options)
+        for cell in ("conv_lstm2d", "pooled_gate_conv_lstm2d")
+        for options in (
+            {},
+            {"layout": "channels_last", "stride": (2, 2)},
+            {"layout": "batch_major", "lengths": True, "reset": True, "state": False, "bias": False},
+        )
+    ],
+    ids=case_id,
+)
+def test_opcheck(case: Case, save: str) -> None:
+    """Schema, fake, autograd registration and AOT dispatch agree with what the operator does."""
+    tensors = make_tensors(case).to(torch.float32)
+    input = in_layout(tensors.input.nan_to_num(), case.layout)
+    flags = FC.make_step_flags(input, tensors.lengths, tensors.reset)
+    w = tensors.weights
+    if case.cell == "conv_lstm2d":
+        weights = [w["weight_ih"], w["weight_hh"], w["bias"], None]
+        options = FC.make_options((weights[0], "weight_ih"), case.stride, "same", 1, None, 1, "zeros", "sigmoid", False)
+    else:
+        weights = [w[name] for name in FC.POOLED_GATE_WEIGHTS]
+        options = FC.make_options((weights[3], "weight"), case.stride, "same", 1, None, 1, "zeros", "sigmoid", False)
+    if save != SAVE_NOTHING:
+        input.requires_grad_()
+        weights = [None if weight is None else weight.requires_grad_() for weight in weights]
+    h_0, c_0 = tensors.hx or (None, None)
+    torch.library.opcheck(
+        getattr(ops, case.cell), (input, h_0, c_0, *weights, flags, *flatten_options(options), save, "cpu")
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_autocast(layer: Any, backend: str) -> None:
+    lstm = layer(3, 5, 3, backend=backend)
+    x = torch.randn(4, 2, 3, 8, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h_n, c_n) = lstm(x)
+    assert (output.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lstm.parameters())
+    torch.testing.assert_close(output.float(), lstm(x)[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compile_fullgraph(layer: Any, backend: str) -> None:
+    lstm = layer(3, 5, 3, bidirectional=True, backend=backend)
+    x = torch.randn(3, 2, 3, 8, 7)
+    lengths = torch.tensor([3, 2])
+    expected, (h_n, _) = lstm(x, lengths=lengths)
+    expected.square().sum().backward()
+    grads = [p.grad.clone() for p in lstm.parameters()]
+    lstm.zero_grad()
+    compiled = torch.compile(lstm, fullgraph=True, backend="aot_eager")
+    output, (h_compiled, _) = compiled(x, lengths=lengths)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(h_compiled, h_n)
+    for parameter, grad in zip(lstm.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_compile_with_inductor_and_dynamic_sizes() -> None:
+    lstm = ConvLSTM2d(3, 5, 3, backend="cpu")
+    compiled = torch.compile(lstm, fullgraph=True, dynamic=True)
+    for steps, batch, height in ((3, 2, 8), (5, 3, 9), (7, 4, 6)):
+        x = torch.randn(steps, batch, 3, height, 7)
+        torch.testing.assert_close(compiled(x)[0], lstm(x)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_export(layer: Any, backend: str) -> None:
+    lstm = layer(3, 5, 3, backend=backend).eval()
+    x = torch.randn(3, 2, 3, 8, 7)
+    _, state = lstm(x)
+    program = torch.export.export(lstm, (x, state))
+    y = torch.randn(3, 2, 3, 8, 7)
+    output, (h_n, c_n) = program.module()(y, state)
+    expected, (h_expected, c_expected) = lstm(y, state)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(h_n, h_expected)
+    torch.testing.assert_close(c_n, c_expected)
+
+
+def _ddp_worker(rank: int, world: int, folder: str, x: Tensor) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    lstm = torch.nn.parallel.DistributedDataParallel(ConvLSTM2d(3, 5, 3, backend="cpu"))
+    lstm(x[:, rank::world])[0].square().mean().backward()
+    if rank == 0:
+        torch.save([p.grad for p in lstm.parameters()], f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp(tmp_path: Any) -> None:
+    """Two processes with half the batch each give the gradients of one."""
+    x = torch.randn(4, 4, 3, 8, 7)
+    torch.manual_seed(0)
+    lstm = ConvLSTM2d(3, 5, 3, backend="cpu")
+    lstm(x)[0].square().mean().backward()
+    mp.spawn(_ddp_worker, (2, str(tmp_path), x), nprocs=2)
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for actual, parameter in zip(gradients, lstm.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad)
+
+
+def test_inference_mode_and_no_grad_keep_nothing() -> None:
+    """Without gradients, nothing is kept for backward."""
+    lstm = ConvLSTM2d(3, 5, 3, backend="cpu")
+    x = torch.randn(3, 2, 3, 8, 7)
+    with torch.inference_mode():
+        inference, _ = lstm(x)
+    with torch.no_grad():
+        no_grad, _ = lstm(x)
+    assert no_grad.grad_fn is None
+    torch.testing.assert_close(inference, no_grad, rtol=0, atol=0)
+    with use_backend("reference"):
+        torch.testing.assert_close(ConvLSTM2d.forward(lstm, x)[0], no_grad)

@@ -1,0 +1,50 @@
+"""The source distribution is complete, and a missing compiler is explained."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("fused_convlstm", "csrc", "tests", "benchmarks", "docs")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree without anything built."""
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.o", ".*")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, copy)
+    return copy
+
+
+def test_sdist_is_complete(source: Path) -> None:
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", "dist"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {
+        str(path.relative_to(source))
+        for folder in FOLDERS
+        for path in (source / folder).rglob("*")
+        if path.is_file() and "dist" not in path.parts
+    } | {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py", "Makefile"}
+    assert not wanted - packed
+
+
+def test_without_a_compiler_the_error_says_what_to_install(source: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext"]
+    environment = {**os.environ, "CXX": "/nowhere/g++"}
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "'/nowhere/g++' was not found or does not work" in result.stderr
+    assert "apt install g++" in result.stderr

@@ -1,0 +1,29 @@
+"""What README.md says is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_generated_tables_are_current() -> None:
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "update_readme.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2])
+def test_examples_run(code: str) -> None:
+    first = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    exec(compile(first if code == first else first + code, "README.md", "exec"), {})
+
+
+def test_info_runs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fused_convlstm", "info"], capture_output=True, text=True, check=True
+    )
+    for word in ("fused_convlstm", "torch", "CPU threads", "backend cpu", "backend reference"):
+        assert word in result.stdout

@@ -1,0 +1,501 @@
+"""swap and unswap on twins of the implementations that people use."""
+
+import copy
+import importlib
+import io
+import itertools
+import pickle
+
+import pytest
+import swap_twins as twins
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_convlstm
+from fused_convlstm import swap, unswap
+from fused_convlstm.swap import SwappedLayer
+from fused_convlstm.swap.recognise import same_structure, tensors_in
+
+SIZE = (6, 5)
+swap_steps = importlib.import_module("fused_convlstm.swap.swap")  # the function has the name of the module
+
+
+def frames(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def states(count: int, *shape: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.tanh(frames(*shape)), frames(*shape)) for _ in range(count)]
+
+
+def state(*shape: int) -> tuple[Tensor, Tensor]:
+    return states(1, *shape)[0]
+
+
+def spiking(**options: object) -> nn.Module:
+    return twins.Spiking(3, 4, 3, threshold=0.1, **options)
+
+
+# Name -> (module, arguments of its calls). Every module keeps its own call signature and its own results.
+SERVED = {
+    "ndrplz": lambda: (twins.Ndrplz(3, [5, 4], (3, 5), 2, True, True, True), [(frames(2, 4, 3, *SIZE),)]),
+    "ndrplz time-major, last layer": lambda: (twins.Ndrplz(3, 4, (1, 3), 3), [(frames(4, 2, 3, *SIZE),)]),
+    "ndrplz, a kernel a layer, no bias": lambda: (
+        twins.Ndrplz(3, [5, 4], [(3, 3), (1, 5)], 2, True, bias=False), [(frames(2, 4, 3, *SIZE),)],
+    ),
+    "torchgeo": lambda: (
+        twins.Torchgeo(3, [4, 4], (3, 3), 2, True, return_all_layers=True),
+        [(frames(2, 4, 3, *SIZE),), (frames(2, 4, 3, *SIZE), states(2, 2, 4, *SIZE))],
+    ),
+    "ndrplz that overlooks the state": lambda: (
+        twins.Overlooking(3, 4, (3, 3), 2, True), [(frames(2, 4, 3, *SIZE), states(2, 2, 4, *SIZE))],
+    ),
+    "aserdega": lambda: (twins.Aserdega(SIZE, 3, [4, 5], (3, 3)), [
+        (frames(4, 2, 3, *SIZE), None), (frames(4, 2, 3, *SIZE), [state(2, 4, *SIZE), state(2, 5, *SIZE)]),
+    ]),
+    "aserdega with peepholes": lambda: (
+        twins.Aserdega(SIZE, 3, [4, 5], (3, 3), True, peephole=True), [(frames(2, 4, 3, *SIZE), None)],
+    ),
+    "automan000": lambda: (twins.Automan000(3, [4, 6], 3, 4, [1, 3]), [(frames(2, 3, *SIZE),)]),
+    "Hzzone": lambda: (twins.Hzzone(3, 4, (2, *SIZE), 3), [
+        (frames(4, 2, 3, *SIZE), None, 3), (frames(4, 2, 3, *SIZE), state(2, 4, *SIZE), 4),
+        (None, state(2, 4, *SIZE), 3),
+    ]),
+    "SA-ConvLSTM": lambda: (twins.SAConvLSTM(3, 4, 3, SIZE), [
+        (frames(2, 3, 4, *SIZE),), (frames(2, 3, 4, *SIZE), *state(2, 4, *SIZE)),
+    ]),
+    "OpenSTL": lambda: (twins.OpenSTLModel(2, 4, 2), [(frames(2, 3, *SIZE, 2),)]),
+    "kamo-naoyuki": lambda: (twins.Kamo(3, 4, 3, 2), [
+        (frames(4, 2, 3, *SIZE),), (frames(4, 2, 3, *SIZE), (frames(2, 2, 4, *SIZE), frames(2, 2, 4, *SIZE))),
+        (pack_sequence([frames(4, 3, *SIZE), frames(2, 3, *SIZE)]),),
+    ]),
+    "kamo-naoyuki, both directions": lambda: (
+        twins.Kamo(3, 4, 2, 2, batch_first=True, bidirectional=True, dilation=2, bias=False, dropout=0.5),
+        [(frames(2, 4, 3, *SIZE),), (pack_sequence([frames(4, 3, *SIZE), frames(2, 3, *SIZE)]),)],
+    ),
+    "snntorch": lambda: (spiking(), [(frames(2, 3, *SIZE), *state(2, 4, *SIZE)), (frames(2, 3, *SIZE),)]),
+    "snntorch, hidden state, pooling": lambda: (
+        spiking(init_hidden=True, max_pool=2), [(frames(2, 3, *SIZE),), (frames(2, 3, *SIZE),)],
+    ),
+    "snntorch, reset by subtraction": lambda: (
+        spiking(reset="subtract"), [(frames(2, 3, *SIZE), *state(2, 4, *SIZE)), (frames(2, 3, *SIZE),)],
+    ),
+    "snntorch, reset to zero": lambda: (
+        spiking(reset="zero"), [(frames(2, 3, *SIZE), *state(2, 4, *SIZE)), (frames(2, 3, *SIZE),)],
+    ),
+    "czifan, if it were right": lambda: (twins.CzifanLstm(3, 4, norm=False, tanh=True), [(frames(2, 4, 3, *SIZE),)]),
+    "georgeyiasemis, if it were right": lambda: (
+        twins.GeorgeyiasemisLstmCell(3, 4, 3, twice=False),
+        [(frames(2, 3, *SIZE), state(2, 4, *SIZE)), (frames(2, 3, *SIZE),)],
+    ),
+}  # fmt: skip
+
+
+TWO_BIASES = ("kamo-naoyuki", "georgeyiasemis")
+
+
+def make(name: str) -> tuple[nn.Module, list[tuple]]:
+    torch.manual_seed(3)
+    module, calls = SERVED[name]()
+    module = module.double().eval()
+    if name.startswith("georgeyiasemis"):
+        module(*calls[0])  # makes its peepholes
+    for value in vars(module).values():  # plain tensors do not follow .double()
+        if isinstance(value, Tensor):
+            value.data = torch.randn(value.shape, dtype=torch.float64)
+    return module, calls
+
+
+def holder(module: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"inner": module})
+
+
+def gradients(module: nn.Module, results: object, inputs: object) -> list[Tensor]:
+    outputs = [x for x in tensors_in(results) if x.requires_grad]
+    torch.manual_seed(5)
+    grads = torch.autograd.grad(
+        outputs, inputs, [torch.randn(x.shape, dtype=x.dtype) for x in outputs], allow_unused=True
+    )
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_same_results_and_gradients(name: str) -> None:
+    """The whole call, more than one call in a row: values, types of the containers, gradients of the inputs."""
+    module, calls = make(name)
+    model = holder(copy.deepcopy(module))
+    report = swap(model)
+    assert report.model is model
+    assert report.replaced, str(report)
+    assert not report.kept, str(report)
+    assert any(isinstance(m, SwappedLayer) for m in model.modules())
+    for call in calls:
+        leaves = tensors_in(call)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        expected = module(*call)
+        expected_grads = gradients(module, expected, leaves)
+        actual = model["inner"](*call)
+        assert same_structure(expected, actual)
+        for a, b in zip(tensors_in(expected), tensors_in(actual), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+        for a, b in zip(expected_grads, gradients(model, actual, leaves), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if not name.startswith(TWO_BIASES)])
+def test_training_after_swap_and_unswap(name: str) -> None:
+    """Steps of SGD do the same to both; unswap gives the trained weights in the original names and shapes.
+
+    Not for two biases that are added: they become one, which learns half as fast.
+    """
+    module, calls = make(name)
+    model = holder(copy.deepcopy(module))
+    swap(model)
+    for net in (module, model):
+        # Peepholes that are no parameters do not learn before the swap: they must not learn after it here.
+        weights = [p for n, p in net.named_parameters() if name != "Hzzone" or "peephole" not in n]
+        optimiser = torch.optim.SGD(weights, lr=0.1)
+        target = net if net is module else net["inner"]
+        for _ in range(2):
+            if name.startswith("snntorch"):
+                target.reset_mem()
+            optimiser.zero_grad()
+            sum(x.square().mean() for call in calls[:1] for x in tensors_in(target(*call))).backward()
+            optimiser.step()
+    restored = unswap(model)["inner"]
+    assert type(restored) is type(module)
+    expected, actual = module.state_dict(), restored.state_dict()
+    assert expected.keys() == actual.keys()
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_unswap_returns_the_weights(name: str) -> None:
+    module, _ = make(name)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    model = holder(module)
+    swap(model)
+    assert unswap(model)["inner"] is module
+    after = module.state_dict()
+    for key, value in after.items():
+        if name.startswith(TWO_BIASES) and "bias" in key:  # the first has it all now
+            other = key.replace("ih", "hh").replace("x2h", "h2h")
+            first = key.replace("hh", "ih").replace("h2h", "x2h")
+            torch.testing.assert_close(after[first] + after[other], before[first] + before[other])
+        else:
+            assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_checkpoint_of_before_loads_after(name: str) -> None:
+    module, calls = make(name)
+    checkpoint = holder(module).state_dict()
+    other = holder(make(name)[0])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    swap(other)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    other.load_state_dict(checkpoint)
+    if "snntorch" in name:
+        module.reset_mem(), other["inner"].reset_mem()
+    for a, b in zip(tensors_in(other["inner"](*calls[0])), tensors_in(module(*calls[0])), strict=True):
+        torch.testing.assert_close(a, b)
+    untouched = {key for key, value in other.state_dict().items() if torch.equal(value, before[key])}
+    # The peepholes of Hzzone's are no parameters, so no checkpoint of before has them.
+    assert all("peephole" in key if name == "Hzzone" else "threshold" in key for key in untouched), untouched
+    other.load_state_dict(other.state_dict())  # and one of after the swap, of course
+
+
+REFUSED = {
+    "jhhuang96": (lambda: twins.Jhhuang96Lstm(SIZE, 3, 3, 4), ["GroupNorm on the pre-activations"]),
+    "czifan": (
+        lambda: twins.CzifanLstm(3, 4), ["BatchNorm2d on the pre-activations", "candidate passes through nothing"],
+    ),
+    "czifan without norm": (lambda: twins.CzifanLstm(3, 4, norm=False), ["candidate passes through nothing"]),
+    "georgeyiasemis": (lambda: twins.GeorgeyiasemisLstmCell(3, 4, 3), ["candidate passes through tanh twice"]),
+    "OpenSTL with LayerNorm": (
+        lambda: twins.OpenSTLModel(2, 4, 2, layer_norm=True), ["LayerNorm on the pre-activations"],
+    ),
+    "SA-ConvLSTM with relu": (
+        lambda: twins.SAConvLSTM(3, 4, 3, SIZE, torch.relu),
+        ["candidate passes through relu", "cell state passes through relu"],
+    ),
+    "aserdega with sigmoid": (
+        lambda: twins.Aserdega(SIZE, 3, [4], (3, 3), activation=torch.sigmoid), ["candidate passes through sigmoid"],
+    ),
+    "kamo-naoyuki with peepholes": (lambda: twins.Kamo(3, 4, 3, peephole=True), ["peepholes are convolutions"]),
+    "kamo-naoyuki with groups": (lambda: twins.Kamo(4, 4, 3, groups=2), ["2 groups over all gates"]),
+    "kamo-naoyuki with a stride": (lambda: twins.Kamo(3, 4, 3, stride=2), ["strided convolution"]),
+    "ndrplz with an even kernel": (lambda: twins.Ndrplz(3, 4, (2, 2), 1), ["does not keep the size of the state"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name: str) -> None:
+    build, reasons = REFUSED[name]
+    torch.manual_seed(0)
+    model = holder(build())
+    before = list(model.modules())
+    report = swap(model)
+    assert not report.replaced, str(report)
+    assert list(model.modules()) == before
+    for reason in reasons:
+        assert any(reason in kept.reason for kept in report.kept), str(report)
+        assert reason in str(report)
+
+
+@pytest.mark.parametrize("order", ["".join(letters) for letters in itertools.permutations("ifgo")])
+def test_every_order_of_gates_is_found(order: str) -> None:
+    cell = type("LstmCell", (twins.NdrplzCell,), {"order": order})(3, 4, (3, 3)).double()
+    x, hx = frames(2, 3, *SIZE), state(2, 4, *SIZE)
+    expected = cell(x, hx)
+    report = swap(cell)
+    assert report.replaced[0].how.endswith(f"gates {', '.join(order)}"), str(report)
+    for a, b in zip(expected, report.model(input_tensor=x, cur_state=hx), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+class Unlike(nn.Module):
+    """A cell under names that tell nothing, with h before x, another bias, +1 on f and hard gates."""
+
+    def __init__(self, gate=torch.nn.functional.hardsigmoid, offset=1.0) -> None:
+        super().__init__()
+        self.q = nn.Conv2d(7, 16, 3, padding=1)
+        self.gate, self.offset = gate, offset
+
+    def forward(self, a, b):
+        z = self.q(torch.cat([b[0], a], dim=1))
+        g, f, i, o = z.chunk(4, dim=1)
+        c = self.gate(f + self.offset) * b[1] + self.gate(i) * g.tanh()
+        return [self.gate(o) * c.tanh(), c]
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, nn.functional.hardsigmoid, lambda x: (0.2 * x + 0.5).clamp(0, 1)])
+def test_maths_is_found_under_any_name(gate) -> None:
+    cell = Unlike(gate).double()
+    x, hx = frames(2, 3, *SIZE), state(2, 4, *SIZE)
+    expected = cell(x, hx)
+    report = swap(cell)
+    assert "gates g, f, i, o, h before x, +1 on f" in report.replaced[0].how
+    actual = report.model(x, hx)
+    assert type(actual) is list
+    for a, b in zip(expected, actual, strict=True):
+        torch.testing.assert_close(b, a)
+    assert torch.equal(unswap(report.model).q.bias, cell.q.bias)
+
+
+class Gru(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(7, 16, 3, padding=1)
+
+    def forward(self, x, h):
+        a, b, c, d = self.conv(torch.cat([x, h], dim=1)).chunk(4, dim=1)
+        return (a.sigmoid() * h + b.sigmoid() * c.tanh()) * d
+
+
+def test_other_layers_are_left_alone_and_not_mentioned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()), nn.LSTM(4, 4), Gru())
+    report = swap(model)
+    assert not report.replaced
+    assert not report.kept
+
+
+def test_fused_layers_are_left_alone() -> None:
+    model = nn.ModuleList([fused_convlstm.ConvLSTM2d(3, 4, 3), fused_convlstm.PooledGateConvLSTM2dCell(3, 4, 3)])
+    assert str(swap(model)) == "replaced 0, kept 0"
+    twice = holder(twins.Ndrplz(3, 4, (3, 3), 1))
+    swap(twice)
+    assert str(swap(twice)) == "replaced 0, kept 0"
+
+
+def test_cells_of_a_stack_with_its_own_ideas() -> None:
+    """A stack that no adapter fits keeps its loop; its cells are swapped."""
+
+    class Peculiar(twins.Ndrplz):
+        def forward(self, input_tensor, hidden_state=None):
+            outputs, finals = super().forward(input_tensor, hidden_state)
+            return [2 * output for output in outputs], finals
+
+    model = holder(Peculiar(3, 4, (3, 3), 2).double())
+    x = frames(4, 2, 3, *SIZE)
+    expected = model["inner"](x)[0][0]
+    report = swap(model)
+    assert [one.name for one in report.replaced] == ["inner.cell_list.0", "inner.cell_list.1"]
+    assert [one.name for one in report.kept] == ["inner"]
+    assert "its results differ" in report.kept[0].reason
+    torch.testing.assert_close(model["inner"](x)[0][0], expected)
+
+
+def test_detached_gradients_are_noticed() -> None:
+    """Equal results are not enough: a cell that cuts the gradient through time is another layer for training."""
+
+    class DetachingLstmCell(twins.NdrplzCell):
+        def forward(self, input_tensor, cur_state):
+            return super().forward(input_tensor, [x.detach() for x in cur_state])
+
+    report = swap(holder(DetachingLstmCell(3, 4, (3, 3))))
+    assert not report.replaced
+    assert "differ" in report.kept[0].reason
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = holder(twins.Ndrplz(3, 4, (3, 3), 2))
+    report = swap(model, dry_run=True)
+    assert report.dry_run
+    assert "would replace inner (Ndrplz)" in str(report)
+    assert type(model["inner"]) is twins.Ndrplz
+    with pytest.raises(ValueError, match="dry_run"):
+        swap(model, verify=True, dry_run=True)
+
+
+def test_module_in_two_places_is_replaced_in_both() -> None:
+    cell = twins.NdrplzCell(3, 4, (3, 3))
+    model = nn.ModuleDict({"a": cell, "b": nn.ModuleList([cell])})
+    assert len(swap(model).replaced) == 1
+    assert isinstance(model["a"], SwappedLayer)
+    assert model["a"] is model["b"][0]
+    unswap(model)
+    assert model["a"] is cell
+    assert model["b"][0] is cell
+
+
+def test_shared_weights_and_hooks_are_reasons_to_keep() -> None:
+    first, second = twins.NdrplzCell(3, 4, (3, 3)), twins.NdrplzCell(3, 4, (3, 3))
+    second.conv.weight = first.conv.weight
+    report = swap(nn.ModuleList([first, second]))
+    assert not report.replaced
+    assert all("conv.weight is shared" in kept.reason for kept in report.kept)
+    hooked = twins.NdrplzCell(3, 4, (3, 3))
+    hooked.conv.register_forward_hook(lambda *_: None)
+    assert "hooks" in swap(holder(hooked)).kept[0].reason
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    cell = twins.NdrplzCell(3, 4, (3, 3)).requires_grad_(False)
+    model = holder(nn.Sequential(cell))
+    swap(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_attributes_and_methods_of_the_replaced_module() -> None:
+    module = twins.Ndrplz(3, 4, (3, 3), 2)
+    swapped = swap(module).model.double()
+    assert swapped.hidden_dim == [4, 4]
+    cell = swap(twins.NdrplzCell(3, 4, (3, 3))).model
+    assert cell.init_hidden(2, SIZE)[0].shape == (2, 4, *SIZE)
+    with pytest.raises(AttributeError, match=r"conv.*not used any more"):
+        _ = cell.conv
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = cell.nothing
+    swapped.return_all_layers = True
+    assert len(swapped(frames(3, 2, 3, *SIZE))[0]) == 2
+
+
+def test_wrong_arguments() -> None:
+    cell = swap(twins.NdrplzCell(3, 4, (3, 3))).model
+    with pytest.raises(TypeError, match="cur_state"):
+        cell(torch.randn(2, 3, *SIZE))
+    with pytest.raises(TypeError, match="other"):
+        cell(torch.randn(2, 3, *SIZE), None, other=1)
+    with pytest.raises(ValueError, match="model: expected a Module"):
+        swap(torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["torchgeo", "aserdega with peepholes", "snntorch", "kamo-naoyuki"])
+def test_copies_pickles_and_devices(name: str) -> None:
+    module, calls = make(name)
+    model = holder(module)
+    swap(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    expected = model["inner"](*calls[0])
+    for one in copies:
+        for a, b in zip(tensors_in(one["inner"](*calls[0])), tensors_in(expected), strict=True):
+            assert torch.equal(a, b)
+        unswap(one)
+        assert type(one["inner"]) is type(module)
+        assert one["inner"] is not module
+    model.float()
+    assert next(unswap(model).parameters()).dtype == torch.float32
+
+
+def test_spiking_neuron_is_still_found_by_its_library() -> None:
+    module, calls = make("snntorch, hidden state, pooling")
+    model = holder(module)
+    swap(model)
+    neuron = model["inner"]
+    assert isinstance(neuron, twins.Spiking)
+    neuron(*calls[0])
+    assert neuron.mem.any()
+    twins.Spiking.reset_hidden()
+    assert not neuron.mem.any()
+
+
+def test_state_with_a_history_does_not_hinder() -> None:
+    module, calls = make("snntorch")
+    module(*calls[0])
+    assert not module.mem.is_leaf
+    assert swap(holder(module)).replaced
+
+
+def test_compiles() -> None:
+    model = swap(twins.Ndrplz(3, 4, (3, 3), 2, True)).model
+    x = torch.randn(2, 3, 3, *SIZE)
+    outputs, _ = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(outputs[0], model(x)[0][0])
+
+
+def test_verify_reports_errors_and_times() -> None:
+    model = holder(twins.Ndrplz(3, 4, (3, 3), 3, True))
+    report = swap(model, verify=True)
+    assert report.verification.output_error < 1e-5
+    assert report.verification.gradient_error < 1e-5
+    assert all(seconds > 0 for seconds in report.verification.forward_seconds + report.verification.training_seconds)
+    assert "random frames (2, 8, 3, 32, 32)" in str(report)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 12)
+        self.dropout = nn.Dropout(0.5)
+        self.lstm = twins.Ndrplz(3, 4, (3, 3), 2, True)
+
+    def forward(self, tokens, scale):
+        x = self.embed(tokens).unflatten(-1, (3, 2, 2))
+        return {"mean": self.dropout(self.lstm(x)[0][0].mean((2, 3, 4))) * scale}["mean"]
+
+
+def test_verify_with_an_example_input() -> None:
+    """Integers among the arguments, dropout in the model: it is compared in evaluation mode, and left in training."""
+    model = Reader().train()
+    report = swap(model, verify=True, example_input=(torch.randint(0, 10, (2, 5)), torch.tensor(2.0)))
+    assert report.verification.output_error < 1e-5
+    assert "the example input" in str(report)
+    assert isinstance(model.lstm, SwappedLayer)
+    assert model.training
+    assert model.lstm.training
+
+
+def test_verify_puts_everything_back_if_the_results_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = holder(twins.Ndrplz(3, 4, (3, 3), 2, True))
+    before = model["inner"]
+    run = swap_steps.run
+
+    def wrong_after(module: nn.Module, call: object) -> tuple[object, list[Tensor]]:
+        results, grads = run(module, call)
+        for x in tensors_in(results) if isinstance(module, SwappedLayer) else []:
+            x.data.mul_(1.1)
+        return results, grads
+
+    monkeypatch.setattr(swap_steps, "run", wrong_after)
+    with pytest.raises(RuntimeError, match="the model is as it was"):
+        swap(model, verify=True)
+    assert model["inner"] is before

@@ -1,0 +1,113 @@
+"""Every Triton kernel compiled, without a GPU, for the GPUs that it is meant for; read from what came out: matrix
+instructions, registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_interpreter import INTERPRETING
+
+if INTERPRETING:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton_offline import MATRIX_INSTRUCTION, Recorded, compile_for, recorded_launches
+
+from fused_convlstm.backends.call import SAVE_GATES, SAVE_NOTHING, ConvLSTMOptions
+from fused_convlstm.backends.triton import conv_lstm2d, pooled_gate_conv_lstm2d, tuning
+from fused_convlstm.backends.triton.tile import Tile
+
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # of a program, in bytes
+# Bytes of registers a thread may put into local memory: a few values that live across the main loop and are read once.
+# Where a tile holds more than this, its accumulators would be among them.
+SPILL_BYTES = 128
+CHANNELS = 128
+OPTIONS = ConvLSTMOptions(padding=(1, 1, 1, 1))
+
+
+def frames(dtype: torch.dtype) -> torch.Tensor:  # (3, 2, C, 8, 8), channels last
+    return torch.zeros(3, 2, 8, 8, CHANNELS, dtype=dtype).permute(0, 1, 4, 2, 3)
+
+
+def conv_lstm2d_launches(kind: str, tile: Tile, dtype: torch.dtype, precision: str) -> list[Recorded]:
+    """The launches of a step in the middle of a sequence: of inference, of training, or of backward."""
+    x, c = frames(dtype), CHANNELS
+    weight, bias = torch.zeros(4 * c, c, 3, 3, dtype=dtype), torch.zeros(4 * c, dtype=dtype)
+    with recorded_launches(tile, precision) as record:
+        if kind != tuning.BACKWARD:
+            for save in (SAVE_NOTHING, SAVE_GATES):
+                conv_lstm2d.forward(x, None, None, weight, weight, bias, None, None, OPTIONS, save)
+            return [r for r in record if r.arguments["HAS_H"]]
+        gates, cells = torch.zeros(3, 2, 8, 8, 4 * c, dtype=dtype), torch.zeros(3, 2, 8, 8, c)
+        conv_lstm2d.backward(
+            x, None, None, x, None, None, weight, weight, bias, None, None, x, gates, cells, OPTIONS, [True] * 7
+        )
+    return [r for r in record if r.arguments["CONV"] and r.arguments["HAS_C"]]
+
+
+def pooled_launches(tile: Tile, dtype: torch.dtype, precision: str) -> list[Recorded]:
+    """Every launch of training, in the middle of a sequence."""
+    x, c = frames(dtype), CHANNELS
+    gate_weight, depthwise, pointwise = (
+        torch.zeros(shape, dtype=dtype) for shape in ((3 * c, c), (c, 1, 3, 3), (c, c))
+    )
+    weights = (gate_weight, gate_weight, gate_weight[:, 0], depthwise, depthwise, pointwise, pointwise, pointwise[0])
+    with recorded_launches(tile, precision) as record:
+        saved = pooled_gate_conv_lstm2d.forward(x, None, None, *weights, None, OPTIONS, SAVE_GATES)[3:]
+        pooled_gate_conv_lstm2d.backward(x, None, None, x, None, None, *weights, None, x, *saved, OPTIONS, [True] * 11)
+    return [r for r in record if r.arguments.get("HAS_H", True) and r.arguments.get("HAS_C", True)]
+
+
+def matrix_tiles(arch: int, kind: str) -> list[Tile]:
+    return list(tuning.tiles(kind, arch, "ieee"))
+
+
+CASES = [
+    (arch, kind, tile)
+    for arch in ARCHITECTURES
+    for kind in (tuning.FORWARD, tuning.BACKWARD)
+    for tile in matrix_tiles(arch, kind)
+]
+
+
+def check_resources(recorded: Recorded, arch: int, matrix: bool) -> None:
+    compiled = compile_for(recorded, arch)
+    what = f"{recorded.kernel.__name__} {recorded.tile} sm_{arch}"
+    assert compiled.registers <= 255, what
+    assert compiled.spills <= SPILL_BYTES, f"{what}: {compiled.spills} bytes spilled"
+    assert compiled.shared <= SHARED_MEMORY[arch], f"{what}: {compiled.shared} bytes of shared memory"
+    if matrix:
+        # Below 64 rows, Hopper and Blackwell use the instruction of the architectures before.
+        expected = MATRIX_INSTRUCTION[arch] if recorded.tile.bm >= 64 else "mma.sync"
+        assert expected in compiled.text, f"{what}: no {expected}"
+
+
+@pytest.mark.parametrize(("arch", "kind", "tile"), CASES, ids=str)
+def test_conv_lstm2d_on_tensor_cores(arch: int, kind: str, tile: Tile) -> None:
+    dtype = torch.bfloat16 if kind == tuning.FORWARD else torch.float16
+    for recorded in conv_lstm2d_launches(kind, tile, dtype, "ieee"):
+        check_resources(recorded, arch, matrix=True)
+
+
+@pytest.mark.parametrize("kind", [tuning.FORWARD, tuning.BACKWARD])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_conv_lstm2d_in_float32(kind: str, precision: str) -> None:
+    tile = tuning.tiles(kind, 90, "ieee-fp32" if precision == "ieee" else precision)[0]
+    for recorded in conv_lstm2d_launches(kind, tile, torch.float32, precision):
+        check_resources(recorded, 90, matrix=precision == "tf32")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_pooled_gate(arch: int) -> None:
+    for tile in matrix_tiles(arch, tuning.POOLED):
+        for recorded in pooled_launches(tile, torch.bfloat16, "ieee"):
+            check_resources(recorded, arch, matrix="h_pointwise_ptr" in recorded.arguments)
+
+
+def test_amd() -> None:
+    """As information: the step compiles to matrix instructions for gfx942 too."""
+    for recorded in conv_lstm2d_launches(tuning.FORWARD, Tile(64, 32, 32, 4, 2), torch.bfloat16, "ieee"):
+        assert "mfma" in compile_for(recorded, "gfx942").text

@@ -1,0 +1,22 @@
+"""Running a test file once more under Triton's interpreter, where kernels need no GPU.
+
+Triton decides when it is imported, so this takes a process of its own. There the file is collected a second time, and
+finds ``INTERPRETING`` true."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rerun_interpreted(file: str) -> None:
+    """Runs the tests of ``file`` under the interpreter; fails with their output if one of them does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--color=no", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"under the interpreter:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
