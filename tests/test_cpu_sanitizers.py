@@ -49,7 +49,7 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     }
     subprocess.run(build, cwd=ROOT, check=True, env=environment | variables)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
          *(str(path) for path in sorted((ROOT / "tests").glob("test_cpu_*.py")) if path.name != Path(__file__).name),
          "-k", "training or (portable and not float64)"],
         cwd=tmp_path,

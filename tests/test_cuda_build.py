@@ -129,7 +129,9 @@ def test_nvcc_compiles_every_kernel(source: Path, math: str, tmp_path: Path) -> 
     limits = re.findall(r"Compiling entry function '\w*?(conv_lstm_\w+?|pooled_gate_\w+?)I", result.stderr)
     assert len(limits) == len(used)
     for kernel, registers in zip(limits, used, strict=True):
-        assert registers <= MOST_REGISTERS[kernel], kernel
+        # Without tensor cores half as many blocks share a multiprocessor.
+        most = min(255, 2 * MOST_REGISTERS[kernel]) if math == "MathFloat" else MOST_REGISTERS[kernel]
+        assert registers <= most, kernel
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert len(spills) >= len(used)
     assert all(numbers == ("0", "0", "0") for numbers in spills), result.stderr

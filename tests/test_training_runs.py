@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,8 +243,11 @@ def test_a_run_killed_at_a_random_moment_equals_an_unbroken_one(ragged_cache, tm
     process.wait()
     step = load_checkpoint(out / "checkpoint.pt")["step"]
     assert 0 < step < 48, "the run was not killed in its middle"
+    shutil.copytree(out, tmp_path / "at_kill")
     train(recipe, out, resume=True)
-    assert_equal_weights(weights(out), weights(tmp_path / "whole"))
+    train(recipe, tmp_path / "again")
+    assert_equal_weights(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+    assert_equal_weights(weights(out), weights(tmp_path / "whole")), (step, torch.__config__.parallel_info())
     assert not list(out.glob(".*.tmp"))
 
 

@@ -140,7 +140,7 @@ FCL_DEVICE void gates_of_thread(const Accumulators<Tile> &acc, int m, int half, 
 }
 
 template <class Math, class Tile>
-FCL_KERNEL(Tile::threads, Tile::blocks_per_sm)
+FCL_KERNEL(Tile::threads, (blocks_per_sm<Math, Tile>))
 conv_lstm_forward_step(FCL_PARAMS ConvLSTMForward p) {
   using T = typename Math::T;
   const int tiles_n = p.columns / Tile::columns;
@@ -313,7 +313,7 @@ FCL_DEVICE void backward_four(const ConvLSTMBackward &p, int step, int image, in
 }
 
 template <class Math, class Tile>
-FCL_KERNEL(Tile::threads, Tile::blocks_per_sm)
+FCL_KERNEL(Tile::threads, (blocks_per_sm<Math, Tile>))
 conv_lstm_backward_step(FCL_PARAMS ConvLSTMBackward p) {
   const int tiles_n = p.columns / Tile::columns;
   const int row0 = static_cast<int>(block_x()) / tiles_n * Tile::rows;

@@ -351,7 +351,7 @@ FCL_DEVICE void pooled_gate_no_step(const PooledGateForward &p, const PooledGate
 }
 
 template <class Math>
-FCL_KERNEL(PooledTile::threads, PooledTile::blocks_per_sm)
+FCL_KERNEL(PooledTile::threads, (blocks_per_sm<Math, PooledTile>))
 pooled_gate_forward(FCL_PARAMS PooledGateForward p) {
   constexpr int elements = PooledGateTraits<Math>::elements;
   const PooledGateBlock block(p.s, p.blocks);

@@ -29,6 +29,11 @@ template <int rows_, int columns_, int warps_m_, int warps_n_, int stages_, int 
 using LargeTile = Tile<128, 128, 4, 2, 4, 2>;
 using SmallTile = Tile<64, 64, 4, 1, 4, 4>;
 
+// Blocks that are to share a multiprocessor. Without tensor cores a thread holds more operands at once: with twice the
+// registers none is spilled.
+template <class Math, class Tile>
+constexpr int blocks_per_sm = Math::tensor_cores ? Tile::blocks_per_sm : (Tile::blocks_per_sm + 1) / 2;
+
 // Where chunk `chunk` of row `row` lies in a stage: the eight rows of an ldmatrix, and eight neighbouring writes, fall
 // into different banks.
 FCL_DEVICE int swizzle(int row, int chunk) { return (row * CHUNKS_PER_STAGE + (chunk ^ ((row >> 1) & 3))) * CHUNK; }
