@@ -48,3 +48,14 @@ def test_without_a_compiler_the_error_says_what_to_install(source: Path) -> None
     assert result.returncode != 0
     assert "'/nowhere/g++' was not found or does not work" in result.stderr
     assert "apt install g++" in result.stderr
+
+
+def test_without_the_compiled_kernels_the_import_warns(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['fused_convlstm._cpu'] = None\n"
+        "import torch; from fused_convlstm import ConvLSTM2d, explain\n"
+        "print(explain(ConvLSTM2d(1, 1, 3), torch.ones(1, 1, 1, 2, 2)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "RuntimeWarning: fused_convlstm: on the CPU everything will run on the slow reference" in result.stderr
+    assert "fused_convlstm._cpu is not there" in result.stdout

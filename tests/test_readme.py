@@ -21,9 +21,8 @@ def test_examples_run(code: str) -> None:
     exec(compile(first if code == first else first + code, "README.md", "exec"), {})
 
 
-def test_info_runs() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fused_convlstm", "info"], capture_output=True, text=True, check=True
-    )
+def test_info_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fused_convlstm", "info"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     for word in ("fused_convlstm", "torch", "CPU threads", "backend cpu", "backend reference"):
         assert word in result.stdout

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -234,7 +233,8 @@ def test_a_run_killed_at_a_random_moment_equals_an_unbroken_one(ragged_cache, tm
         f"torch.set_num_threads({torch.get_num_threads()}); "
         "Trainer(load_recipe(sys.argv[1]), Path(sys.argv[2]), Processes.join('cpu'), resume=True, progress=False).fit()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out)])
+    # Not in the source folder, where the package would be found without its compiled kernels.
+    process = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out)], cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -243,11 +243,8 @@ def test_a_run_killed_at_a_random_moment_equals_an_unbroken_one(ragged_cache, tm
     process.wait()
     step = load_checkpoint(out / "checkpoint.pt")["step"]
     assert 0 < step < 48, "the run was not killed in its middle"
-    shutil.copytree(out, tmp_path / "at_kill")
     train(recipe, out, resume=True)
-    train(recipe, tmp_path / "again")
-    assert_equal_weights(weights(tmp_path / "again"), weights(tmp_path / "whole"))
-    assert_equal_weights(weights(out), weights(tmp_path / "whole")), (step, torch.__config__.parallel_info())
+    assert_equal_weights(weights(out), weights(tmp_path / "whole"))
     assert not list(out.glob(".*.tmp"))
 
 

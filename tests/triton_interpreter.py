@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -18,5 +19,7 @@ def rerun_interpreted(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Not in the source folder, where the package would be found without its compiled kernels.
+    folder = Path(file).parent
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"under the interpreter:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

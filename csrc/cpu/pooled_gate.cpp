@@ -1,11 +1,10 @@
-// Python's side of the pooled-gate ConvLSTM: arguments by name, tensors as (address, strides) or None.
+// Python's side of the pooled-gate ConvLSTM: arguments by name, tensors as None or (address, stride, ...).
 #include "pooled_gate.h"
 #include "bindings.h"
 #include "pages.h"
 
 #include <algorithm>
 #include <array>
-#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -25,20 +24,19 @@ struct Arguments {
     Frames frames{};
     if (values[name].is_none())
       return frames;
-    const auto [address, strides] = get<std::pair<uintptr_t, std::vector<int64_t>>>(name);
-    frames.data = reinterpret_cast<void *>(address);
-    const size_t n = strides.size();
-    frames.step = n == 5 ? strides[0] : 0;
-    frames.sample = strides[n - 4];
-    frames.channel = strides[n - 3];
-    frames.row = strides[n - 2];
-    frames.column = strides[n - 1];
+    const auto view = get<std::vector<int64_t>>(name);
+    const size_t n = view.size();
+    frames.data = reinterpret_cast<void *>(view[0]);
+    frames.step = n == 6 ? view[1] : 0;
+    frames.sample = view[n - 4];
+    frames.channel = view[n - 3];
+    frames.row = view[n - 2];
+    frames.column = view[n - 1];
     return frames;
   }
   // A contiguous tensor.
   void *data(const char *name) const {
-    return values[name].is_none() ? nullptr
-                                  : reinterpret_cast<void *>(get<std::pair<uintptr_t, py::object>>(name).first);
+    return values[name].is_none() ? nullptr : reinterpret_cast<void *>(get<py::tuple>(name)[0].cast<uintptr_t>());
   }
 };
 
@@ -158,8 +156,8 @@ void backward(const py::kwargs &kwargs) {
 } // namespace
 
 void bind_pooled_gate(py::module_ &m) {
-  m.def("pooled_gate_forward", forward, "Arguments by name: see backends/cpu_pooled_gate.py.");
-  m.def("pooled_gate_backward", backward, "Arguments by name: see backends/cpu_pooled_gate.py.");
+  m.def("pooled_gate_forward", forward, "Arguments by name: see backends/cpu/pooled_gate.py.");
+  m.def("pooled_gate_backward", backward, "Arguments by name: see backends/cpu/pooled_gate.py.");
 }
 
 } // namespace fused_convlstm

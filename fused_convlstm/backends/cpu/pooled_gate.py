@@ -8,32 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._sequence import empty_gradient
-from ..ops.layout import empty_frames_like, empty_state_like
-from .call import SAVE_GATES, SAVE_NOTHING, Call, ConvLSTMOptions, conv_output_size, same_padding, state_dtype
-
-# The numbers of the enumerations in csrc/cpu.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_PADDING_MODES = {"zeros": 0, "circular": 1, "replicate": 2, "reflect": 3}
-_GATE_ACTIVATIONS = {"sigmoid": 0, "hard_sigmoid": 1, "hard_sigmoid_keras2": 2}
+from ...ops._sequence import empty_gradient
+from ...ops.layout import empty_frames_like, empty_state_like
+from ..call import SAVE_GATES, SAVE_NOTHING, ConvLSTMOptions, conv_output_size, same_padding, state_dtype
+from .arguments import DTYPES, GATE_ACTIVATIONS, PADDING_MODES, view
 
 # In the order of the operator's arguments.
 _WEIGHTS = (
     "gate_weight_ih", "gate_weight_hh", "gate_bias", "depthwise_ih", "depthwise_hh", "pointwise_ih", "pointwise_hh",
     "bias",
 )  # fmt: skip
-
-
-def refuse(call: Call) -> str | None:
-    """The property of ``call`` that the kernels cannot serve."""
-    if call.dtype not in _DTYPES:
-        return f"{call.dtype}; the kernels have {', '.join(map(str, _DTYPES))}"
-    return None
-
-
-def _view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """A tensor as the kernels take it: address and strides."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
 
 
 def _arguments(
@@ -49,7 +33,7 @@ def _arguments(
     kernels = {name: tensor.shape for name, tensor in weights.items() if tensor is not None}
     recurrent_kernel_size = (kernels["depthwise_hh"][2], kernels["depthwise_hh"][3])
     return {
-        "dtype": _DTYPES[input.dtype],
+        "dtype": DTYPES[input.dtype],
         "input_shape": tuple(input.shape),
         "state_shape": (kernels["pointwise_ih"][0], *state_size),
         "kernel_size": tuple(kernels["depthwise_ih"][2:]),
@@ -59,15 +43,15 @@ def _arguments(
         "dilation": options.dilation,
         "recurrent_padding": same_padding(recurrent_kernel_size, options.recurrent_dilation),
         "recurrent_dilation": options.recurrent_dilation,
-        "padding_mode": _PADDING_MODES[options.padding_mode],
-        "gate_activation": _GATE_ACTIVATIONS[options.gate_activation],
+        "padding_mode": PADDING_MODES[options.padding_mode],
+        "gate_activation": GATE_ACTIVATIONS[options.gate_activation],
         "reverse": options.reverse,
         "threads": torch.get_num_threads(),
-        "step_flags": _view(step_flags),
-        "input": _view(input),
-        "h_0": _view(h_0),
-        "c_0": _view(c_0),
-        **{name: _view(weight) for name, weight in weights.items()},
+        "step_flags": view(step_flags),
+        "input": view(input),
+        "h_0": view(h_0),
+        "c_0": view(c_0),
+        **{name: view(weight) for name, weight in weights.items()},
     }
 
 
@@ -84,7 +68,7 @@ def forward(
     *rest: Any,  # weights, step_flags, options, save
 ) -> tuple[Tensor, ...]:
     """See :meth:`Backend.pooled_gate_conv_lstm2d`."""
-    from .. import _cpu
+    from ... import _cpu
 
     *tensors, options, save = rest
     weights, step_flags = _contiguous(tensors)
@@ -101,12 +85,12 @@ def forward(
     cells = input.new_empty(frames if save != SAVE_NOTHING else (0,), dtype=dtype)
     _cpu.pooled_gate_forward(
         **_arguments(input, h_0, c_0, weights, step_flags, options, state_size),
-        output=_view(output),
-        h_n=_view(h_n),
-        c_n=_view(c_n),
-        gates=_view(gates) if save != SAVE_NOTHING else None,
-        candidate=_view(candidate) if save == SAVE_GATES else None,
-        cells=_view(cells) if save != SAVE_NOTHING else None,
+        output=view(output),
+        h_n=view(h_n),
+        c_n=view(c_n),
+        gates=view(gates) if save != SAVE_NOTHING else None,
+        candidate=view(candidate) if save == SAVE_GATES else None,
+        cells=view(cells) if save != SAVE_NOTHING else None,
     )
     return output, h_n, c_n, gates, candidate, cells
 
@@ -121,7 +105,7 @@ def backward(
     *rest: Any,  # weights, step_flags, output, gates, candidate, cells, options, needs
 ) -> tuple[Tensor | None, ...]:
     """See :meth:`Backend.pooled_gate_conv_lstm2d_backward`."""
-    from .. import _cpu
+    from ... import _cpu
 
     *tensors, output, gates, candidate, cells, options, needs = rest
     weights, step_flags = _contiguous(tensors)
@@ -139,17 +123,17 @@ def backward(
     in_kernel = ("input", "h_0", "c_0", "depthwise_ih", "depthwise_hh", "pointwise_ih", "pointwise_hh", "bias")
     _cpu.pooled_gate_backward(
         **_arguments(input, h_0, c_0, weights, step_flags, options, (output.size(3), output.size(4))),
-        output=_view(output),
-        gates=_view(gates),
-        candidate=_view(candidate) if candidate.dim() > 1 else None,
-        cells=_view(cells),
-        grad_output=_view(grad_output),
-        grad_h_n=_view(grad_h_n),
-        grad_c_n=_view(grad_c_n),
-        grad_gates=_view(grad_gates),
-        pooled_x=_view(pooled_x),
-        pooled_h=_view(pooled_h),
-        **{f"grad_{name}": _view(grads[name]) for name in in_kernel},
+        output=view(output),
+        gates=view(gates),
+        candidate=view(candidate) if candidate.dim() > 1 else None,
+        cells=view(cells),
+        grad_output=view(grad_output),
+        grad_h_n=view(grad_h_n),
+        grad_c_n=view(grad_c_n),
+        grad_gates=view(grad_gates),
+        pooled_x=view(pooled_x),
+        pooled_h=view(pooled_h),
+        **{f"grad_{name}": view(grads[name]) for name in in_kernel},
     )
     for name, pooled in (("gate_weight_ih", pooled_x), ("gate_weight_hh", pooled_h)):
         grad = grads[name]

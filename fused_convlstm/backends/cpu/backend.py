@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch  # before the extension: both then share torch's OpenMP runtime
 from torch import Tensor
 
-from ..ops._sequence import empty_gradient
-from ..ops.layout import empty_frames_like, empty_state_like
-from . import cpu_pooled_gate
-from .base import Backend
-from .call import (
+from ...ops._sequence import empty_gradient
+from ...ops.layout import empty_frames_like, empty_state_like
+from ..base import Backend
+from ..call import (
     SAVE_CELLS,
     SAVE_GATES,
     SAVE_NOTHING,
@@ -22,19 +22,23 @@ from .call import (
     same_padding,
     state_dtype,
 )
+from . import pooled_gate
+from .arguments import DTYPES, GATE_ACTIVATIONS, PADDING_MODES, views
 
 try:
-    from .. import _cpu
+    from ... import _cpu
 except ImportError as error:
     _import_error: ImportError | None = error
+    warnings.warn(
+        f"fused_convlstm: on the CPU everything will run on the slow reference, because {error}. The compiled kernels "
+        "are installed by `pip install .`; a source folder that is imported from must be installed with `-e`.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 else:
     _import_error = None
 
-# The numbers of these enumerations in csrc/cpu.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_ACTIVATIONS = {"sigmoid": 0, "hard_sigmoid": 1, "hard_sigmoid_keras2": 2}
-_PADDING_MODES = {"zeros": 0, "circular": 1, "replicate": 2, "reflect": 3}
-_SAVES = {SAVE_NOTHING: 0, SAVE_CELLS: 1, SAVE_GATES: 2}
+_SAVES = {SAVE_NOTHING: 0, SAVE_CELLS: 1, SAVE_GATES: 2}  # the numbers of csrc/cpu's enumeration
 
 _MAX_IMAGE_ELEMENTS = 2**31 - 1  # pixels times channels of one image: the kernels count them in 32 bits
 
@@ -50,10 +54,10 @@ class CpuBackend(Backend):
     def refuse(self, call: Call) -> str | None:
         if call.device.type != "cpu":
             return f"tensors on {call.device}, not on the CPU"
-        if call.cell == "pooled_gate_conv_lstm2d":
-            return cpu_pooled_gate.refuse(call)
-        if call.dtype not in _DTYPES:
+        if call.dtype not in DTYPES:
             return f"{call.dtype}; the CPU kernels compute in float32, bfloat16 and float64"
+        if call.cell == "pooled_gate_conv_lstm2d":
+            return None
         for size, channels in ((call.input_size, call.in_channels), (call.state_size, call.hidden_channels)):
             if (size[0] * size[1] + 1) * 4 * channels > _MAX_IMAGE_ELEMENTS:
                 return f"an image of {size} with {channels} channels is larger than the kernels address"
@@ -93,8 +97,8 @@ class CpuBackend(Backend):
         cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
         _cpu.conv_lstm2d(
             _sizes(input, weight_ih, weight_hh, peephole, size, options),
-            _views(input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, output),
-            _views(h_n, c_n),
+            views(input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, output),
+            views(h_n, c_n),
             gates.data_ptr(),
             cells.data_ptr(),
             _SAVES[save],
@@ -128,28 +132,19 @@ class CpuBackend(Backend):
         size = (output.size(3), output.size(4))
         _cpu.conv_lstm2d_backward(
             _sizes(input, weight_ih, weight_hh, peephole, size, options),
-            _views(*tensors, step_flags, output),
+            views(*tensors, step_flags, output),
             gates.data_ptr(),
             cells.data_ptr(),
-            _views(grad_output, grad_h_n, grad_c_n),
-            _views(*grads),
+            views(grad_output, grad_h_n, grad_c_n),
+            views(*grads),
         )
         return grads
 
     def pooled_gate_conv_lstm2d(self, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return cpu_pooled_gate.forward(*args)
+        return pooled_gate.forward(*args)
 
     def pooled_gate_conv_lstm2d_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
-        return cpu_pooled_gate.backward(*args)
-
-
-def _view(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Address and strides, as the extension takes tensors."""
-    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
-
-
-def _views(*tensors: Tensor | None) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(map(_view, tensors))
+        return pooled_gate.backward(*args)
 
 
 def _state_size(input: Tensor, weight_ih: Tensor, options: ConvLSTMOptions) -> tuple[int, int]:
@@ -172,8 +167,8 @@ def _sizes(
     recurrent_padding = same_padding((weight_hh.size(2), weight_hh.size(3)), o.recurrent_dilation)
     return [
         *input.shape[:3], weight_ih.size(0) // 4, o.groups,
-        _DTYPES[input.dtype], _ACTIVATIONS[o.gate_activation], o.reverse,
-        peephole is not None and peephole.dim() == 4, torch.get_num_threads(), _PADDING_MODES[o.padding_mode],
+        DTYPES[input.dtype], GATE_ACTIVATIONS[o.gate_activation], o.reverse,
+        peephole is not None and peephole.dim() == 4, torch.get_num_threads(), PADDING_MODES[o.padding_mode],
         *input.shape[3:], *size, *weight_ih.shape[2:], *o.stride, o.padding[0], o.padding[2], *o.dilation,
         *size, *size, *weight_hh.shape[2:], 1, 1, recurrent_padding[0], recurrent_padding[2], *o.recurrent_dilation,
     ]  # fmt: skip

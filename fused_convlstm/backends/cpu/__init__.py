@@ -1,0 +1,5 @@
+"""The C++ kernels for CPUs."""
+
+from .backend import CpuBackend
+
+__all__ = ["CpuBackend"]
