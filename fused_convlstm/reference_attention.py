@@ -13,6 +13,9 @@ returns h, c and its attention. Gate order i, f, g, o. For half-precision inputs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,120 +54,115 @@ def separable_convolution(
     return F.conv2d(same_convolution(x, depthwise, groups=x.shape[1]), pointwise[:, :, None, None], bias)
 
 
+class GateWeights(NamedTuple):
+    """Weights of G gates that are pooled over the pixels."""
+
+    weight_ih: Tensor  # (G * C, Cin)
+    weight_hh: Tensor  # (G * C, C)
+    bias: Tensor | None  # (G * C,)
+
+
+class SeparableWeights(NamedTuple):
+    """Weights of two depthwise-separable convolutions, of x and of h, whose results are added."""
+
+    depthwise_ih: Tensor  # (Cin, 1, kh, kw)
+    depthwise_hh: Tensor  # (C, 1, kh, kw)
+    pointwise_ih: Tensor  # (C, Cin)
+    pointwise_hh: Tensor  # (C, C)
+    bias: Tensor | None  # (C,)
+
+
+class VariantWeights(NamedTuple):
+    """Weights of a variant: those of variant (a), of which (c) and (d) have two gates, and those of its attention.
+
+    ``outer`` is the convolution behind the attention's tanh: (1, C, kh, kw) in (b), a depthwise (C, 1, kh, kw) and a
+    pointwise (C, C) kernel in (c) and (d).
+    """
+
+    gates: GateWeights
+    candidate: SeparableWeights
+    attention: SeparableWeights
+    outer: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, weights: Sequence[Any]) -> VariantWeights:
+        """From the parameters of a layer, in their order."""
+        candidate, attention = SeparableWeights(*weights[3:8]), SeparableWeights(*weights[8:13])
+        return cls(GateWeights(*weights[:3]), candidate, attention, tuple(weights[13:]))
+
+    @property
+    def pooled_gate(self) -> list[Any]:
+        """Those of variant (a), in the order of its cell."""
+        return [*self.gates, *self.candidate]
+
+
 def pooled_gates(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W)
-    weight_ih: Tensor,  # (G * C, Cin)
-    weight_hh: Tensor,  # (G * C, C)
-    bias: Tensor | None,  # (G * C,)
+    weights: GateWeights,
     gate_activation: str,
 ) -> list[Tensor]:  # G gates, (B, C, 1, 1) each
     """Gates from the mean of x and h over the pixels (Zhang et al., eq. 8 to 12)."""
-    z = F.linear(x.mean(dim=(2, 3)), weight_ih, bias) + F.linear(h.mean(dim=(2, 3)), weight_hh)
+    z = F.linear(x.mean(dim=(2, 3)), weights.weight_ih, weights.bias) + F.linear(h.mean(dim=(2, 3)), weights.weight_hh)
     return [GATE_ACTIVATIONS[gate_activation](gate)[:, :, None, None] for gate in z.split(h.shape[1], dim=1)]
 
 
-# --- variant (b): attention on the input ---------------------------------------------------------------------------
+def separable_sum(
+    x: Tensor,  # (B, Cin, H, W)
+    h: Tensor,  # (B, C, H, W)
+    weights: SeparableWeights,
+) -> Tensor:  # (B, C, H, W)
+    """Depthwise-separable convolutions of x and of h, added."""
+    z = separable_convolution(x, weights.depthwise_ih, weights.pointwise_ih, weights.bias)
+    return z + separable_convolution(h, weights.depthwise_hh, weights.pointwise_hh)
+
+
+# --- variants (b) to (d) of Zhang et al. ---------------------------------------------------------------------------
 
 
 def input_attention(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W)
-    depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    pointwise_ih: Tensor,  # (C, Cin)
-    pointwise_hh: Tensor,  # (C, C)
-    bias: Tensor | None,  # (C,)
-    weight: Tensor,  # (1, C, kh, kw)
+    weights: VariantWeights,
 ) -> Tensor:  # (B, 1, H, W)
-    """A map over the pixels that sums to one (Zhang et al., eq. 17, 18)."""
-    z = separable_convolution(x, depthwise_ih, pointwise_ih, bias)
-    z = z + separable_convolution(h, depthwise_hh, pointwise_hh)
-    return spatial_softmax(same_convolution(torch.tanh(z), weight))
+    """A map over the pixels that sums to one (eq. 17, 18)."""
+    (outer,) = weights.outer
+    return spatial_softmax(same_convolution(torch.tanh(separable_sum(x, h, weights.attention)), outer))
+
+
+def gate_attention(
+    x: Tensor,  # (B, Cin, H, W)
+    h: Tensor,  # (B, C, H, W)
+    weights: VariantWeights,
+) -> Tensor:  # (B, C, H, W)
+    """A gate for every channel and pixel, 1 somewhere in each channel (eq. 21 to 23)."""
+    return max_gate(separable_convolution(torch.tanh(separable_sum(x, h, weights.attention)), *weights.outer))
 
 
 def input_attention_conv_lstm2d_cell(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W)
     c: Tensor,  # (B, C, H, W)
-    gate_weight_ih: Tensor,  # (3 * C, Cin), gate order i, f, o
-    gate_weight_hh: Tensor,  # (3 * C, C)
-    gate_bias: Tensor | None,  # (3 * C,)
-    depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    pointwise_ih: Tensor,  # (C, Cin)
-    pointwise_hh: Tensor,  # (C, C)
-    bias: Tensor | None,  # (C,)
-    attention_depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    attention_depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    attention_pointwise_ih: Tensor,  # (C, Cin)
-    attention_pointwise_hh: Tensor,  # (C, C)
-    attention_bias: Tensor | None,  # (C,)
-    attention_weight: Tensor,  # (1, C, kh, kw)
+    weights: VariantWeights,  # gate order i, f, o
     options: ConvLSTMOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ "Variant (b)": a step of variant (a) on A o x. Returns h, c and A (B, 1, H, W)."""
-    attention = input_attention(
-        x, h, attention_depthwise_ih, attention_depthwise_hh, attention_pointwise_ih, attention_pointwise_hh,
-        attention_bias, attention_weight,
-    )  # fmt: skip
-    h, c = pooled_gate_conv_lstm2d_cell(
-        attention * x, h, c, gate_weight_ih, gate_weight_hh, gate_bias, depthwise_ih, depthwise_hh, pointwise_ih,
-        pointwise_hh, bias, options,
-    )  # eq. 19  # fmt: skip
+    attention = input_attention(x, h, weights)
+    h, c = pooled_gate_conv_lstm2d_cell(attention * x, h, c, *(*weights.pooled_gate, options))  # eq. 19
     return h, c, attention
-
-
-# --- variants (c) and (d): attention as a gate ---------------------------------------------------------------------
-
-
-def gate_attention(
-    x: Tensor,  # (B, Cin, H, W)
-    h: Tensor,  # (B, C, H, W)
-    depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    pointwise_ih: Tensor,  # (C, Cin)
-    pointwise_hh: Tensor,  # (C, C)
-    bias: Tensor | None,  # (C,)
-    depthwise: Tensor,  # (C, 1, kh, kw)
-    pointwise: Tensor,  # (C, C)
-) -> Tensor:  # (B, C, H, W)
-    """A gate for every channel and pixel, 1 somewhere in each channel (Zhang et al., eq. 21 to 23)."""
-    z = separable_convolution(x, depthwise_ih, pointwise_ih, bias)
-    z = z + separable_convolution(h, depthwise_hh, pointwise_hh)
-    return max_gate(separable_convolution(torch.tanh(z), depthwise, pointwise))
 
 
 def input_gate_attention_conv_lstm2d_cell(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W)
     c: Tensor,  # (B, C, H, W)
-    gate_weight_ih: Tensor,  # (2 * C, Cin), gate order f, o
-    gate_weight_hh: Tensor,  # (2 * C, C)
-    gate_bias: Tensor | None,  # (2 * C,)
-    depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    pointwise_ih: Tensor,  # (C, Cin)
-    pointwise_hh: Tensor,  # (C, C)
-    bias: Tensor | None,  # (C,)
-    attention_depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    attention_depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    attention_pointwise_ih: Tensor,  # (C, Cin)
-    attention_pointwise_hh: Tensor,  # (C, C)
-    attention_bias: Tensor | None,  # (C,)
-    attention_depthwise: Tensor,  # (C, 1, kh, kw)
-    attention_pointwise: Tensor,  # (C, C)
+    weights: VariantWeights,  # gate order f, o
     options: ConvLSTMOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ "Variant (c)": variant (a) with attention as the input gate. Returns h, c and the gate (B, C, H, W)."""
-    i = gate_attention(
-        x, h, attention_depthwise_ih, attention_depthwise_hh, attention_pointwise_ih, attention_pointwise_hh,
-        attention_bias, attention_depthwise, attention_pointwise,
-    )  # fmt: skip
-    f, o = pooled_gates(x, h, gate_weight_ih, gate_weight_hh, gate_bias, options.gate_activation)
-    z_g = separable_convolution(x, depthwise_ih, pointwise_ih, bias)
-    z_g = z_g + separable_convolution(h, depthwise_hh, pointwise_hh)
-    c = f * c + i * torch.tanh(z_g)
+    i = gate_attention(x, h, weights)
+    f, o = pooled_gates(x, h, weights.gates, options.gate_activation)
+    c = f * c + i * torch.tanh(separable_sum(x, h, weights.candidate))
     return (o * torch.tanh(c)).to(h.dtype), c, i
 
 
@@ -172,49 +170,36 @@ def output_gate_attention_conv_lstm2d_cell(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W)
     c: Tensor,  # (B, C, H, W)
-    gate_weight_ih: Tensor,  # (2 * C, Cin), gate order i, f
-    gate_weight_hh: Tensor,  # (2 * C, C)
-    gate_bias: Tensor | None,  # (2 * C,)
-    depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    pointwise_ih: Tensor,  # (C, Cin)
-    pointwise_hh: Tensor,  # (C, C)
-    bias: Tensor | None,  # (C,)
-    attention_depthwise_ih: Tensor,  # (Cin, 1, kh, kw)
-    attention_depthwise_hh: Tensor,  # (C, 1, kh, kw)
-    attention_pointwise_ih: Tensor,  # (C, Cin)
-    attention_pointwise_hh: Tensor,  # (C, C)
-    attention_bias: Tensor | None,  # (C,)
-    attention_depthwise: Tensor,  # (C, 1, kh, kw)
-    attention_pointwise: Tensor,  # (C, C)
+    weights: VariantWeights,  # gate order i, f
     options: ConvLSTMOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ "Variant (d)": variant (a) with attention as the output gate. Returns h, c and the gate (B, C, H, W)."""
-    o = gate_attention(
-        x, h, attention_depthwise_ih, attention_depthwise_hh, attention_pointwise_ih, attention_pointwise_hh,
-        attention_bias, attention_depthwise, attention_pointwise,
-    )  # fmt: skip
-    i, f = pooled_gates(x, h, gate_weight_ih, gate_weight_hh, gate_bias, options.gate_activation)
-    z_g = separable_convolution(x, depthwise_ih, pointwise_ih, bias)
-    z_g = z_g + separable_convolution(h, depthwise_hh, pointwise_hh)
-    c = f * c + i * torch.tanh(z_g)
+    o = gate_attention(x, h, weights)
+    i, f = pooled_gates(x, h, weights.gates, options.gate_activation)
+    c = f * c + i * torch.tanh(separable_sum(x, h, weights.candidate))
     return (o * torch.tanh(c)).to(h.dtype), c, o
 
 
 # --- VideoLSTM -----------------------------------------------------------------------------------------------------
 
 
+class SoftAttentionWeights(NamedTuple):
+    """Weights of the attention's network of two convolutions, the first of x and of h; of ALSTM without (ah, aw)."""
+
+    weight_ih: Tensor  # (A, Cin, ah, aw)
+    weight_hh: Tensor  # (A, C, ah, aw)
+    bias: Tensor | None  # (A,)
+    weight: Tensor  # (1, A, ah, aw)
+
+
 def soft_attention(
     x: Tensor,  # (B, Cin, H, W)
     h: Tensor,  # (B, C, H, W), or (B, C, 1, 1) for one state vector
-    weight_ih: Tensor,  # (A, Cin, ah, aw)
-    weight_hh: Tensor,  # (A, C, ah, aw)
-    bias: Tensor | None,  # (A,)
-    weight: Tensor,  # (1, A, ah, aw)
+    weights: SoftAttentionWeights,
 ) -> Tensor:  # (B, 1, H, W)
-    """A map over the pixels that sums to one, from a network of two convolutions (VideoLSTM, Z_t and A_t)."""
-    hidden = torch.tanh(same_convolution(x, weight_ih, bias) + same_convolution(h, weight_hh))
-    return spatial_softmax(same_convolution(hidden, weight))
+    """A map over the pixels that sums to one (VideoLSTM, Z_t and A_t)."""
+    hidden = torch.tanh(same_convolution(x, weights.weight_ih, weights.bias) + same_convolution(h, weights.weight_hh))
+    return spatial_softmax(same_convolution(hidden, weights.weight))
 
 
 def conv_alstm2d_cell(
@@ -224,14 +209,11 @@ def conv_alstm2d_cell(
     weight_ih: Tensor,  # (4 * C, Cin, kh, kw)
     weight_hh: Tensor,  # (4 * C, C, kh, kw)
     bias: Tensor | None,  # (4 * C,)
-    attention_weight_ih: Tensor,  # (A, Cin, ah, aw)
-    attention_weight_hh: Tensor,  # (A, C, ah, aw)
-    attention_bias: Tensor | None,  # (A,)
-    attention_weight: Tensor,  # (1, A, ah, aw)
+    attention_weights: SoftAttentionWeights,
     options: ConvLSTMOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A step of the convolutional ALSTM: a ConvLSTM on A o x. Returns h, c and A (B, 1, H, W)."""
-    attention = soft_attention(x, h, attention_weight_ih, attention_weight_hh, attention_bias, attention_weight)
+    attention = soft_attention(x, h, attention_weights)
     h, c = conv_lstm2d_cell(attention * x, h, c, weight_ih, weight_hh, bias, None, options)
     return h, c, attention
 
@@ -243,18 +225,16 @@ def alstm_cell(
     weight_ih: Tensor,  # (4 * C, Cin)
     weight_hh: Tensor,  # (4 * C, C)
     bias: Tensor | None,  # (4 * C,)
-    attention_weight_ih: Tensor,  # (A, Cin)
-    attention_weight_hh: Tensor,  # (A, C)
-    attention_bias: Tensor | None,  # (A,)
-    attention_weight: Tensor,  # (1, A)
+    attention_weights: SoftAttentionWeights,
     gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A step of the ALSTM: an LSTM on the sum of A o x over the pixels (soft attention of Xu et al. 2015).
     Returns h, c and A (B, 1, H, W)."""
-    attention = soft_attention(
-        x, h[:, :, None, None], attention_weight_ih[:, :, None, None], attention_weight_hh[:, :, None, None],
-        attention_bias, attention_weight[:, :, None, None],
-    )  # fmt: skip
+    inner_ih, inner_hh, inner_bias, outer = attention_weights
+    maps = SoftAttentionWeights(
+        inner_ih[:, :, None, None], inner_hh[:, :, None, None], inner_bias, outer[:, :, None, None]
+    )
+    attention = soft_attention(x, h[:, :, None, None], maps)
     z = F.linear((attention * x).sum(dim=(2, 3)), weight_ih, bias) + F.linear(h, weight_hh)
     z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
     sigma = GATE_ACTIVATIONS[gate_activation]
@@ -275,16 +255,13 @@ def motion_attention_conv_lstm2d_cell(
     motion_weight_ih: Tensor,  # (4 * M, Cm, mh, mw)
     motion_weight_hh: Tensor,  # (4 * M, M, mh, mw)
     motion_bias: Tensor | None,  # (4 * M,)
-    attention_weight_ih: Tensor,  # (A, Cin, ah, aw)
-    attention_weight_hh: Tensor,  # (A, M, ah, aw)
-    attention_bias: Tensor | None,  # (A,)
-    attention_weight: Tensor,  # (1, A, ah, aw)
+    attention_weights: SoftAttentionWeights,  # weight_hh (A, M, ah, aw)
     options: ConvLSTMOptions,
     motion_options: ConvLSTMOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A step of VideoLSTM: the state of a ConvLSTM on optical flow takes the place of h(t-1) in the attention of a
     convolutional ALSTM. Returns h, c, h_motion, c_motion and A (B, 1, H, W)."""
-    attention = soft_attention(x, h_motion, attention_weight_ih, attention_weight_hh, attention_bias, attention_weight)
+    attention = soft_attention(x, h_motion, attention_weights)
     h, c = conv_lstm2d_cell(attention * x, h, c, weight_ih, weight_hh, bias, None, options)
     h_motion, c_motion = conv_lstm2d_cell(
         motion, h_motion, c_motion, motion_weight_ih, motion_weight_hh, motion_bias, None, motion_options

@@ -28,15 +28,26 @@ from fused_convlstm import (
 )
 from fused_convlstm.backends.call import ConvLSTMOptions, same_padding
 from fused_convlstm.reference import sequence
+from fused_convlstm.reference_attention import SoftAttentionWeights, VariantWeights
 
 STEPS, BATCH, IN_CHANNELS, CHANNELS, SIZE = 4, 2, 3, 5, (6, 7)
 
-# A layer, its reference cell, and the names of its weights in the cell's order.
+
+def variant(cell: Any) -> Any:
+    """A reference cell called with a layer's weights one by one."""
+    return lambda x, h, c, *weights: cell(x, h, c, VariantWeights.of(weights[:-1]), weights[-1])
+
+
+def soft_attention(cell: Any) -> Any:
+    return lambda x, h, c, *weights: cell(x, h, c, *weights[:3], SoftAttentionWeights(*weights[3:7]), weights[7])
+
+
+# A layer and its reference cell.
 LAYERS: dict[str, tuple[Any, Any]] = {
-    "b": (InputAttentionConvLSTM2d, reference_attention.input_attention_conv_lstm2d_cell),
-    "c": (InputGateAttentionConvLSTM2d, reference_attention.input_gate_attention_conv_lstm2d_cell),
-    "d": (OutputGateAttentionConvLSTM2d, reference_attention.output_gate_attention_conv_lstm2d_cell),
-    "conv_alstm": (ConvALSTM2d, reference_attention.conv_alstm2d_cell),
+    "b": (InputAttentionConvLSTM2d, variant(reference_attention.input_attention_conv_lstm2d_cell)),
+    "c": (InputGateAttentionConvLSTM2d, variant(reference_attention.input_gate_attention_conv_lstm2d_cell)),
+    "d": (OutputGateAttentionConvLSTM2d, variant(reference_attention.output_gate_attention_conv_lstm2d_cell)),
+    "conv_alstm": (ConvALSTM2d, soft_attention(reference_attention.conv_alstm2d_cell)),
 }
 BACKENDS = ["reference", "auto"]
 
@@ -131,7 +142,7 @@ def test_gradcheck_of_alstm() -> None:
     weights = [p.detach().requires_grad_() for p in layer.parameters()]
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     h, c = (torch.randn(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    cell = reference_attention.alstm_cell
+    cell = soft_attention(reference_attention.alstm_cell)
     assert torch.autograd.gradcheck(lambda *args: cell(*args, "sigmoid"), (x, h, c, *weights), fast_mode=True)
 
 
@@ -212,7 +223,7 @@ def test_motion_attention_is_its_reference(backend: str, clips: Tensor) -> None:
         outputs, maps = [], []
         for t in range(STEPS):
             h, c, h_m, c_m, attention = reference_attention.motion_attention_conv_lstm2d_cell(
-                x[t], m[t], h, c, h_m, c_m, *lstms[0], *lstms[1], *own, *options
+                x[t], m[t], h, c, h_m, c_m, *lstms[0], *lstms[1], SoftAttentionWeights(*own), *options
             )
             outputs.append(h)
             maps.append(attention)
