@@ -42,6 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 NAMES = ("lip24", "gesture", "lip12", "lip6", "lip3", "skip", "nowcast", "moving-digits", "k5", "stream")
 POOLED_GATE_NAMES = ("gesture", "lip24", "lip12", "lip6")
 
+SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZED = """
 import sys
 sys.path.insert(0, "tests")
@@ -242,17 +243,17 @@ def run_tests(seconds: float) -> tuple[bool, str]:
     return done.returncode == 0 and "passed" in lines[-1], lines[-1]
 
 
-def run_sanitizer(backend: str, seconds: float) -> str:
-    """What compute-sanitizer's memcheck says about a small call of both cells."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def run_sanitizer(tool: str, backend: str, seconds: float) -> str:
+    """What a tool of compute-sanitizer says about small calls of both cells."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
         return "not run: no compute-sanitizer"
-    command = [tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"not done within {seconds:.0f} s"
-    found = re.findall(r"ERROR SUMMARY: .*", done.stdout + done.stderr)
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
     return found[-1] if found else f"exit code {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
 
 
@@ -356,8 +357,12 @@ def main() -> int:
     sanitizer: dict[str, str] = {}
     if not arguments.skip_tests:
         passed, summary = run_tests(0.45 * 60 * arguments.minutes)
-        sanitizer = {backend: run_sanitizer(backend, 0.08 * 60 * arguments.minutes) for backend in BACKENDS}
-    print(f"GPU suite: {summary}", *(f"memcheck, {name}: {text}" for name, text in sanitizer.items()), sep="\n")
+        sanitizer = {
+            f"{tool}, {backend}": run_sanitizer(tool, backend, 0.04 * 60 * arguments.minutes)
+            for tool in SANITIZER_TOOLS
+            for backend in BACKENDS
+        }
+    print(f"GPU suite: {summary}", *(f"{name}: {text}" for name, text in sanitizer.items()), sep="\n")
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True  # the peers at their best
@@ -388,7 +393,7 @@ def main() -> int:
     facts = {
         "machine": about,
         "suite": {"passed": passed, "summary": summary},
-        "memcheck": sanitizer,
+        "sanitizer": sanitizer,
         "matmul_tflops": {precision: rate / 1e12 for precision, rate in rates.items()},
         "copy_bandwidth_gb_s": bandwidth / 1e9,
         "not_measured": missing,
@@ -401,6 +406,7 @@ def main() -> int:
         + ", ".join(f"{precision} {rate / 1e12:.0f} TFLOP/s" for precision, rate in rates.items())
         + f"; copy {bandwidth / 1e9:.0f} GB/s.",
     ]
+    text += [f"{name}: {said}" for name, said in sanitizer.items()]
     if not passed:
         text.append("**The suite failed: the times below prove nothing.**")
     text += [tables(results), "Not measured:\n\n" + "\n".join(f"- {line}" for line in missing) if missing else ""]

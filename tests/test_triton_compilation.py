@@ -61,15 +61,22 @@ def pooled_launches(tile: Tile, dtype: torch.dtype, precision: str) -> list[Reco
     return [r for r in record if r.arguments.get("HAS_H", True) and r.arguments.get("HAS_C", True)]
 
 
-def matrix_tiles(arch: int, kind: str) -> list[Tile]:
-    return list(tuning.tiles(kind, arch, "ieee"))
+PRECISIONS = ("16 bits", "tf32", "ieee-fp32")
+
+
+def arithmetic(precision: str, half: torch.dtype) -> tuple[torch.dtype, str, str]:
+    """The type of the tensors, the precision of the dots, and the name of the list of tiles."""
+    if precision == "16 bits":
+        return half, "ieee", "ieee"
+    return torch.float32, precision.removesuffix("-fp32"), precision
 
 
 CASES = [
-    (arch, kind, tile)
+    (arch, kind, precision, tile)
     for arch in ARCHITECTURES
     for kind in (tuning.FORWARD, tuning.BACKWARD)
-    for tile in matrix_tiles(arch, kind)
+    for precision in PRECISIONS
+    for tile in tuning.tiles(kind, arch, arithmetic(precision, torch.bfloat16)[2])
 ]
 
 
@@ -85,26 +92,21 @@ def check_resources(recorded: Recorded, arch: int, matrix: bool) -> None:
         assert expected in compiled.text, f"{what}: no {expected}"
 
 
-@pytest.mark.parametrize(("arch", "kind", "tile"), CASES, ids=str)
-def test_conv_lstm2d_on_tensor_cores(arch: int, kind: str, tile: Tile) -> None:
-    dtype = torch.bfloat16 if kind == tuning.FORWARD else torch.float16
-    for recorded in conv_lstm2d_launches(kind, tile, dtype, "ieee"):
-        check_resources(recorded, arch, matrix=True)
-
-
-@pytest.mark.parametrize("kind", [tuning.FORWARD, tuning.BACKWARD])
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_conv_lstm2d_in_float32(kind: str, precision: str) -> None:
-    tile = tuning.tiles(kind, 90, "ieee-fp32" if precision == "ieee" else precision)[0]
-    for recorded in conv_lstm2d_launches(kind, tile, torch.float32, precision):
-        check_resources(recorded, 90, matrix=precision == "tf32")
+@pytest.mark.parametrize(("arch", "kind", "precision", "tile"), CASES, ids=str)
+def test_conv_lstm2d(arch: int, kind: str, precision: str, tile: Tile) -> None:
+    dtype, dot, _ = arithmetic(precision, torch.bfloat16 if kind == tuning.FORWARD else torch.float16)
+    for recorded in conv_lstm2d_launches(kind, tile, dtype, dot):
+        check_resources(recorded, arch, matrix=precision != "ieee-fp32")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_pooled_gate(arch: int) -> None:
-    for tile in matrix_tiles(arch, tuning.POOLED):
-        for recorded in pooled_launches(tile, torch.bfloat16, "ieee"):
-            check_resources(recorded, arch, matrix="h_pointwise_ptr" in recorded.arguments)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pooled_gate(arch: int, precision: str) -> None:
+    dtype, dot, tiles = arithmetic(precision, torch.bfloat16)
+    for tile in tuning.tiles(tuning.POOLED, arch, tiles):
+        for recorded in pooled_launches(tile, dtype, dot):
+            matrix = precision != "ieee-fp32" and "h_pointwise_ptr" in recorded.arguments
+            check_resources(recorded, arch, matrix)
 
 
 def test_amd() -> None:

@@ -1,4 +1,4 @@
-"""Running a test file once more under Triton's interpreter, where kernels need no GPU.
+"""Running a test file once more for each cell under Triton's interpreter, where kernels need no GPU.
 
 Triton decides when it is imported, so this takes a process of its own. There the file is collected a second time, and
 finds ``INTERPRETING`` true."""
@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_CELL = os.environ.get("FUSED_CONVLSTM_INTERPRETED_CELL", "")
 
 
-def rerun_interpreted(file: str) -> None:
-    """Runs the tests of ``file`` under the interpreter; fails with their output if one of them does."""
+def rerun_interpreted(file: str, cell: str) -> None:
+    """Runs the tests of ``file`` for ``cell`` under the interpreter; fails with their output if one of them does."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--color=no", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "FUSED_CONVLSTM_INTERPRETED_CELL": cell, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
     # Not in the source folder, where the package would be found without its compiled kernels.

@@ -1,4 +1,4 @@
-"""The Triton kernels of this cell against the reference, under Triton's interpreter."""
+"""The Triton kernels against the reference, under Triton's interpreter; the cells in a process each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
-from triton_interpreter import INTERPRETING, rerun_interpreted
+from triton_interpreter import INTERPRETED_CELL, INTERPRETING, rerun_interpreted
 
 pytest.importorskip("triton")
 
-CELL = "conv_lstm2d"
-BASE = Case(cell=CELL)
-
 if not INTERPRETING:
 
-    def test_under_the_interpreter() -> None:
-        rerun_interpreted(__file__)
+    @pytest.mark.parametrize("cell", ["conv_lstm2d", "pooled_gate_conv_lstm2d"])
+    def test_under_the_interpreter(cell: str) -> None:
+        rerun_interpreted(__file__, cell)
 
 else:
     import strategies
@@ -31,9 +29,11 @@ else:
     )
 
     from fused_convlstm.backends import BackendError
-    from fused_convlstm.backends.triton import conv_lstm2d as backend
-    from fused_convlstm.backends.triton import tuning
+    from fused_convlstm.backends.triton import conv_lstm2d, pooled_gate_conv_lstm2d, tuning
     from fused_convlstm.backends.triton.tile import Tile
+
+    CELL = INTERPRETED_CELL
+    BASE = Case(cell=CELL)
 
     @pytest.mark.parametrize("case", ordinary(CELL), ids=case_id)
     def test_training(case: Case) -> None:
@@ -90,7 +90,8 @@ else:
         check_repeatable(replace(BASE, lengths=True, reset=True, steps=4), "triton", torch.float16)
 
     def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backend, "passes_int32", lambda *tensors: True)
+        for backend in (conv_lstm2d, pooled_gate_conv_lstm2d):
+            monkeypatch.setattr(backend, "passes_int32", lambda *tensors: True)
         check(replace(BASE, lengths=True, reset=True), torch.float32)
         check(replace(BASE, in_channels=17), torch.float32, training=False)
 
