@@ -7,6 +7,7 @@ Bad arguments raise a ValueError that names the argument, what was expected and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -422,7 +423,7 @@ def _run(
         h_0 = zeros if h_0 is None else h_0
         c_0 = zeros.to(state_dtype(input.dtype)) if c_0 is None else c_0
         function: Callable[..., tuple[Tensor, Tensor, Tensor]] = getattr(reference, cell)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             output, h_n, c_n = function(input, h_0, c_0, *weights, step_flags, options)
         return output, (h_n, c_n)
     operator = getattr(ops, cell)
@@ -430,16 +431,26 @@ def _run(
     return results[0], (results[1], results[2])
 
 
+# torch.compile before 2.13 cannot look inside.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_call(input: Tensor, hx: State | None, weights: list[Any]) -> tuple[Tensor, State | None, list[Any]]:
     """Under autocast, everything but the cell state in autocast's type, as for ``nn.LSTM``."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return input, hx, weights
     if input.dtype == torch.float64:
         return input, hx, weights
     dtype = torch.get_autocast_dtype(device)
     weights = [None if weight is None else weight.to(dtype) for weight in weights]
     return input.to(dtype), None if hx is None else (hx[0].to(dtype), hx[1]), weights
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
 def check_weights(names: Sequence[str], weights: Sequence[Tensor | None], input: Tensor) -> None:

@@ -145,3 +145,12 @@ def test_inference_mode_and_no_grad_keep_nothing() -> None:
     torch.testing.assert_close(inference, no_grad, rtol=0, atol=0)
     with use_backend("reference"):
         torch.testing.assert_close(ConvLSTM2d.forward(lstm, x)[0], no_grad)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_meta_device(layer: Any) -> None:
+    """Shapes without memory or arithmetic, as for counting operations."""
+    module = layer(3, 4, 3, device="meta")
+    output, (h_n, c_n) = module(torch.empty(2, 5, 3, 6, 7, device="meta"))
+    assert output.shape == (2, 5, 4, 6, 7)
+    assert h_n.shape == c_n.shape == (1, 5, 4, 6, 7)

@@ -19,7 +19,15 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import reference_attention as reference
 from ..backends import registry
 from ..backends.call import ConvLSTMOptions, state_dtype
-from ..functional import Size, State, autocast_call, check_weights, checked_state, pooled_gate_conv_lstm2d_sequence
+from ..functional import (
+    Size,
+    State,
+    autocast_call,
+    check_weights,
+    checked_state,
+    pooled_gate_conv_lstm2d_sequence,
+    without_autocast,
+)
 from ..reference import sequence
 from ..reference_attention import VariantWeights
 from ._recurrent import ConvolutionArguments, RecurrentConv2d
@@ -147,7 +155,7 @@ class AttentionConv2d(RecurrentConv2d):
             h = input.new_zeros((input.size(1), channels, *size))
             c = h.to(state_dtype(input.dtype))
         registry.note(f"{type(self).__name__}: {self.plain} in plain PyTorch")
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             arguments = (self._prepare(weights), options)
             output, h_n, c_n, attention = sequence(self._cell, input, h, c, step_flags, options.reverse, arguments)
         if maps is not None:
