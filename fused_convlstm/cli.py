@@ -403,9 +403,11 @@ def _evaluation_places(options: argparse.Namespace, part: str, name: str) -> tup
 def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "predict",
-        help="read the words of a video",
-        description="Reads a video file and prints its words with their times in seconds and probabilities. With "
-        "--stream, frame by frame, carrying the model's state, as from a camera.",
+        help="read the words of a video, or tell its gesture or action",
+        description="Reads a video file and prints its words with their times in seconds and probabilities; a model of "
+        "gestures or actions gives the whole video one class. The video is cut out, and its optical flow computed, as "
+        "prepare did for the training clips. With --stream, frame by frame, carrying the model's state, as from a "
+        "camera.",
     )
     parser.add_argument("model", type=Path, help="folder of a run, or a model file")
     parser.add_argument("video", type=Path)
@@ -413,31 +415,31 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threshold", type=float, default=0.5, help="least probability of a word; default 0.5")
     parser.add_argument("--one-crop", action="store_true", help="one crop only, six times as fast")
     parser.add_argument(
-        "--box", nargs=4, type=float, metavar=("X", "Y", "WIDTH", "HEIGHT"), help="a fixed box in place of the mouth"
+        "--box", nargs=4, type=float, metavar=("X", "Y", "WIDTH", "HEIGHT"), help="a fixed box of the picture"
     )
-    parser.add_argument("--fps", type=float, default=25.0, help="frame rate that the model was trained at; default 25")
+    parser.add_argument("--fps", type=float, help="frame rate to resample to; default that of the training clips")
     parser.add_argument("--device", help="cpu, cuda, ...; default a GPU if there is one")
     parser.set_defaults(run=_predict)
 
 
 def _predict(options: argparse.Namespace) -> None:
     from .analysis import TrainedReader, read_stream, read_words
-    from .data import BoxCrop, load_frames, read_video
+    from .data import BoxCrop, read_video
 
     if not options.video.is_file():
         raise ValueError(f"no file {options.video}")
     reader = TrainedReader.load(options.model, _device(options.device))
-    rgb = reader.model.config.in_channels == 3
+    fps = options.fps or reader.fps
     crop = None if options.box is None else BoxCrop(*options.box)
     if options.stream:
-        pictures, _ = read_video(options.video, options.fps, rgb=rgb)
+        pictures, _ = read_video(options.video, fps, rgb=reader.rgb)
         for step in read_stream(reader, pictures, crop):
-            print(f"{step.frame / options.fps:7.2f}  {step.probability:.3f}  {step.text}", flush=True)
+            print(f"{step.frame / fps:7.2f}  {step.probability:.3f}  {step.text}", flush=True)
         return
-    frames = load_frames(options.video, crop, rgb=rgb, fps=options.fps)
+    frames = reader.read_video(options.video, crop, fps)
     print("  start      end  probability  word")
     for word in read_words(reader, frames, threshold=options.threshold, one_crop=options.one_crop):
-        start, end = word.start / options.fps, word.end / options.fps
+        start, end = word.start / fps, word.end / fps
         print(f"{start:7.2f}  {end:7.2f}  {word.probability:11.3f}  {word.text}")
 
 

@@ -35,7 +35,7 @@ def evaluate(
     dataset = reader.dataset(cache, split)
     views = (middle_view if one_crop else test_views)(reader.transform, dataset.flow)
     results = run_clips(
-        reader.model, reader.task, dataset, views, reader.readout, uniform=reader.uniform, batch_size=batch_size,
+        reader.model, reader.task, dataset, views, reader.readout, sample=reader.sample, batch_size=batch_size,
         progress=f"evaluate {split}" if progress else None,
     )  # fmt: skip
     scores: dict[str, Any] = {"clips": len(dataset), **reader.task.scores(results)}

@@ -25,23 +25,31 @@ TRACKED = 10  # frames that the mouth of a stream is tracked over
 
 def read_words(
     reader: TrainedReader,
-    frames: Frames,  # (T, C, H, W), as fused_convlstm.data.load_frames gives them
+    frames: Frames,  # (T, C, H, W), as reader.read_video gives them
     *,
     threshold: float = 0.5,
     one_crop: bool = False,
 ) -> list[TimedWord]:
     """The words of a video.
 
-    A model of characters reads the sentence at once. A model of single words reads the window around every frame; where
-    it gives the same word for a while, and at least ``threshold`` to it at its surest, that is a word. Its time is that
-    of the middles of these windows.
+    A model of characters reads the sentence at once; a model whose clips are sampled as a whole gives the video one
+    class. Any other model of single words reads the window around every frame; where it gives the same word for a
+    while, and at least ``threshold`` to it at its surest, that is a word. Its time is that of the middles of these
+    windows.
 
     Args:
         one_crop: use one crop and not six: six times as fast.
     """
-    views = (middle_view if one_crop else test_views)(reader.transform, False)
+    views = (middle_view if one_crop else test_views)(reader.transform, reader.flow)
     if not isinstance(reader.task, WordTask):
         return decode_characters(run_batch(reader.model, _batch([frames]), views, None, reader.device)[:, 0])
+    if reader.whole_clips:
+        parts = reader.sample(_batch([frames]))
+        runs = [run_batch(reader.model, part, views, None, reader.device)[:, 0] for part in parts]
+        clip = torch.stack(runs).mean(dim=0)  # (T, K)
+        probability, chosen = (clip[-1] if reader.readout == "last" else clip.mean(dim=0)).max(dim=0)
+        surest = float(probability)
+        return [TimedWord(reader.task.classes[int(chosen)], 0, len(frames), surest)] if surest >= threshold else []
     window = min(reader.frames or WINDOW, len(frames))
     starts = range(len(frames) - window + 1)
     results: list[Tensor] = []
@@ -98,11 +106,15 @@ def read_stream(reader: TrainedReader, pictures: Iterable[Frames], crop: Crop | 
     as many frames as its training clips had. Frames without a face are passed over.
 
     Raises:
-        ValueError: the model reads a clip from both ends.
+        ValueError: the model reads a clip from both ends, frames spread over a clip, or optical flow.
     """
     if not reader.model.streams:
         raise ValueError(f"model: {reader.name} reads a clip from both ends; it cannot read a stream")
-    crop = MouthCrop() if crop is None else crop
+    if reader.whole_clips:
+        raise ValueError(f"model: this {reader.name} reads frames spread over a whole clip; it cannot read a stream")
+    if reader.flow:
+        raise ValueError(f"model: this {reader.name} reads optical flow; it cannot read a stream")
+    crop = crop or reader.crop or MouthCrop()
     recent: deque[Frames] = deque(maxlen=TRACKED)
     state: ModelState | None = None
     outputs: list[Tensor] = []

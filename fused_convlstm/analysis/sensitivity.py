@@ -48,7 +48,7 @@ def sensitivity(
 
     def score(resets: tuple[str, int] | None, name: str) -> float:
         results = run_clips(
-            model, task, dataset, middle_view(reader.transform, dataset.flow), reader.readout, uniform=reader.uniform,
+            model, task, dataset, middle_view(reader.transform, dataset.flow), reader.readout, sample=reader.sample,
             batch_size=batch_size, resets=resets, indices=chosen, progress=name if progress else None,
         )  # fmt: skip
         return task.scores(results)[task.score]

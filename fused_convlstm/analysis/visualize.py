@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Clip, ClipDataset, collate, uniform_frames
+from ..data import Clip, ClipDataset, collate
 from ..training.clips import middle_view, run_clips
 from ..training.report import write_csv, write_json
 from ..training.tasks import word_scores
@@ -38,8 +38,8 @@ def record_clip(reader: TrainedReader, clip: Clip, flow: bool = False) -> tuple[
     ``flow``: the last two channels are optical flow.
     """
     batch = collate([clip])
-    if reader.uniform is not None:
-        batch = uniform_frames(batch, reader.uniform)
+    if reader.transform.uniform:
+        (batch,) = reader.sample(batch)
     (view,) = middle_view(reader.transform, flow)(batch)
     with recording(reader.model) as record:
         outputs, _ = reader.model(view.to(reader.device), lengths=batch.lengths)
@@ -170,7 +170,7 @@ def fuse(
         dataset = reader.dataset(cache, split)
         results = run_clips(
             reader.model, reader.task, dataset, middle_view(reader.transform, dataset.flow), reader.readout,
-            uniform=reader.uniform, batch_size=batch_size,
+            sample=reader.sample, batch_size=batch_size,
         )  # fmt: skip
         scores.append(dict(zip(results.names, results.probabilities, strict=True)))
         labels = dict(zip(results.names, results.labels, strict=True))

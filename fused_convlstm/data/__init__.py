@@ -8,7 +8,7 @@ from .flow import FLOW_LEVELS, FLOW_METHODS, FLOW_ZERO, optical_flow
 from .items import Item, Problem, Reader, Word, split_by_name
 from .prepare import PrepareReport, load_frames, prepare
 from .readers import GRID, GRID_WORDS, LRS, LRW, LRWCrops, WordFolders
-from .transforms import TrainTransform, center_crop, normalise, six_crops, uniform_frames
+from .transforms import TrainTransform, center_crop, normalise, segment_frames, six_crops, uniform_frames
 from .video import VideoError, read_video, write_video
 from .video_readers import HMDB51, UCF101, IsoGD, Jester
 
@@ -51,6 +51,7 @@ __all__ = [
     "prepare",
     "procedural",
     "read_video",
+    "segment_frames",
     "six_crops",
     "split_by_name",
     "uniform_frames",

@@ -48,6 +48,7 @@ class ClipDataset(Dataset[Clip]):
         classes: the words, empty for sentences.
         lengths: frames of each clip, without reading them.
         labels: label of each clip.
+        source: how ``prepare`` made the frames from a video: "crop", "rgb", "flow" and "fps", as far as is known.
 
     Raises:
         ValueError: no complete cache, an unknown split, a class or content that the cache doesn't have.
@@ -58,7 +59,9 @@ class ClipDataset(Dataset[Clip]):
     ) -> None:
         self.cache_dir = Path(cache_dir)
         records = read_index(self.cache_dir)
-        has_flow = (read_parameters(self.cache_dir) or {}).get("flow") is not None
+        parameters = read_parameters(self.cache_dir) or {}
+        self.source = {name: parameters[name] for name in ("crop", "rgb", "flow", "fps") if name in parameters}
+        has_flow = "flow" in self.source
         if content not in (None, "picture", "flow"):
             raise ValueError(f"content: expected None, 'picture' or 'flow', got {content!r}")
         if content == "flow" and not has_flow:

@@ -139,6 +139,22 @@ def uniform_frames(batch: Batch, steps: int) -> Batch:
     return Batch(frames, torch.full_like(batch.lengths, steps), batch.labels, batch.texts, batch.names)
 
 
+def segment_frames(batch: Batch, steps: int, count: int) -> list[Batch]:
+    """``count`` runs of ``steps`` consecutive frames of every clip, from its start to its end at even distances, as one
+    batch each; one run is the middle of the clip. A clip shorter than ``steps`` is taken whole."""
+    if steps < 1 or count < 1:
+        raise ValueError(f"steps, count: expected 1 or more, got {steps} and {count}")
+    places = torch.linspace(0, 1, count) if count > 1 else torch.tensor([0.5])
+    room = (batch.lengths.cpu() - steps).clamp(min=0)  # (B,)
+    lengths = batch.lengths.clamp(max=steps)
+    segments = []
+    for place in places:
+        first = (place * room).round().long().to(batch.frames.device)
+        frames = _subsequences(batch.frames, first, min(steps, len(batch.frames)))
+        segments.append(Batch(frames, lengths, batch.labels, batch.texts, batch.names))
+    return segments
+
+
 def crop_squares(
     frames: Tensor,
     sides: Tensor,

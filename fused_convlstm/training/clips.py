@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..data import Batch, ClipDataset, center_crop, collate, six_crops, uniform_frames
+from ..data import Batch, ClipDataset, center_crop, collate, segment_frames, six_crops, uniform_frames
 from ..models import StreamingModel, every
 from .processes import Processes
 from .recipe import TransformRecipe
@@ -18,6 +18,8 @@ from .tasks import Task, WordTask, decode_characters
 
 # A batch as a list of float (T, B, C, size, size), whose outputs are averaged.
 Views = Callable[[Batch], list[Tensor]]
+# The frames of a batch that a model sees, as batches whose outputs are averaged.
+Sampling = Callable[[Batch], list[Batch]]
 
 
 @dataclass
@@ -34,6 +36,15 @@ class ClipResults:
     labels: list[int] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
+
+
+def sampling(recipe: TransformRecipe, frames: int | None, segments: int) -> Sampling:
+    """How clips are sampled outside of training. ``frames``: of a training clip. ``segments``: how many, if any."""
+    if frames is not None and recipe.uniform:
+        return lambda batch: [uniform_frames(batch, frames)]
+    if frames is not None and segments:
+        return lambda batch: segment_frames(batch, frames, segments)
+    return lambda batch: [batch]
 
 
 def middle_view(recipe: TransformRecipe, flow: bool) -> Views:
@@ -55,7 +66,7 @@ def run_clips(
     views: Views,
     readout: str,
     *,
-    uniform: int | None = None,
+    sample: Sampling = lambda batch: [batch],
     batch_size: int = 32,
     resets: tuple[str, int] | None = None,
     indices: list[int] | None = None,
@@ -66,7 +77,7 @@ def run_clips(
 
     Args:
         readout: a clip's probabilities are those of its "last" frame or the "mean" over its frames (words).
-        uniform: so many frames, spread evenly over each clip; None: all of them.
+        sample: the frames of each clip; all of them unless given.
         resets: (scale, period): the states of that scale are reset every so many frames.
         indices: the clips to take; None: all.
         processes: each takes its share, and all get the whole result.
@@ -81,9 +92,9 @@ def run_clips(
     results = ClipResults()
     loader = DataLoader(Subset(dataset, mine), batch_size=batch_size, collate_fn=collate)
     for batch in tqdm(loader, desc=progress, disable=progress is None or not processes.is_first, leave=False):
-        if uniform is not None:
-            batch = uniform_frames(batch, uniform)
-        _append(results, run_batch(model, batch, views, resets, processes.device), batch, task, readout)
+        parts = sample(batch)  # of the same lengths
+        runs = [run_batch(model, part, views, resets, processes.device) for part in parts]
+        _append(results, torch.stack(runs).mean(dim=0), parts[0], task, readout)
     model.train(was_training)
     return _merge(processes.gather(results))
 

@@ -66,6 +66,8 @@ class TransformRecipe:
             ``flip`` is 0.
         uniform: ``training.frames`` are spread evenly over the clip, with jitter in training, in place of consecutive
             ones.
+        segments: in an evaluation a clip is so many runs of ``training.frames`` consecutive frames, evenly spread,
+            whose outputs are averaged; after each epoch of training it is the middle one. 0: the whole clip.
     """
 
     crop: tuple[int, int] = (48, 64)
@@ -77,6 +79,11 @@ class TransformRecipe:
     validation_crop: int = 56
     test_crops: tuple[int, ...] = (48, 56, 64)
     uniform: bool = False
+    segments: int = 0
+
+    def __post_init__(self) -> None:
+        if self.segments < 0 or (self.segments and self.uniform):
+            raise ValueError(f"segments: expected at least 0, and 0 with uniform, got {self.segments}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +187,8 @@ class Recipe:
         find_task(self.task)
         if self.transform.uniform and (self.task != "words" or not self.training.frames):
             raise ValueError("transform.uniform: expected the task 'words' and a number in training.frames with it")
+        if self.transform.segments and (self.task != "words" or not self.training.frames):
+            raise ValueError("transform.segments: expected the task 'words' and a number in training.frames with it")
 
     def to_dictionary(self) -> dict[str, Any]:
         """As YAML and JSON have it."""

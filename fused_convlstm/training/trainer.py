@@ -32,7 +32,7 @@ from ..models import (
     save_model,
 )
 from .checkpoint import load_checkpoint, save_checkpoint
-from .clips import middle_view, run_clips
+from .clips import middle_view, run_clips, sampling
 from .processes import Processes
 from .recipe import Recipe, TrainingRecipe, load_recipe, save_recipe
 from .report import plot_curves, write_csv, write_json
@@ -266,11 +266,12 @@ class Trainer:
         """Validates, and writes the epoch down."""
         epoch = len(self.history)
         self.processes.broadcast(self.model.buffers())
-        uniform = self.training.frames_at(epoch) if self.recipe.transform.uniform else None
+        transform = self.recipe.transform
+        sample = sampling(transform, self.training.frames_at(epoch), min(1, transform.segments))
         with self._autocast():
             results = run_clips(
-                self.model, self.task, self.validation, middle_view(self.recipe.transform, self.validation.flow),
-                self.training.readout, uniform=uniform,
+                self.model, self.task, self.validation, middle_view(transform, self.validation.flow),
+                self.training.readout, sample=sample,
                 batch_size=max(1, self.training.batch_size // self.processes.count), processes=self.processes,
                 progress="validation" if self.progress else None,
             )  # fmt: skip
@@ -377,6 +378,7 @@ class Trainer:
             readout=self.training.readout,
             frames=self.training.frames_at(self.training.epochs),
             content=self.recipe.data.content,
+            source=self.dataset.source,
             transform=self.recipe.to_dictionary()["transform"],
         )
 
