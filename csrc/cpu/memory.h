@@ -74,6 +74,20 @@ struct Row {
 typedef float Float4 __attribute__((vector_size(16)));
 typedef float UnalignedFloat4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t UInt4 __attribute__((vector_size(16)));
+typedef uint16_t Short4 __attribute__((vector_size(8)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+
+template <class To> static FC_INLINE void store4(To *to, Float4 v) {
+  if constexpr (sizeof(To) == 4) {
+    *reinterpret_cast<UnalignedFloat4 *>(to) = v;
+  } else { // as to_bfloat16
+    const UInt4 bits = (UInt4)v;
+    const UInt4 rounded = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+    const auto narrow = __builtin_convertvector(rounded, Short4);
+    std::memcpy(to, &narrow, 8);
+  }
+}
 
 // Four rows of four floats, turned.
 static FC_INLINE void transpose4(const float *from, int64_t stride, Float4 (&column)[4]) {
@@ -88,24 +102,51 @@ static FC_INLINE void transpose4(const float *from, int64_t stride, Float4 (&col
   column[2] = __builtin_shuffle(ab_high, cd_high, Int4{0, 1, 4, 5});
   column[3] = __builtin_shuffle(ab_high, cd_high, Int4{2, 3, 6, 7});
 }
-static FC_INLINE void store4(float *to, Float4 v) { *reinterpret_cast<UnalignedFloat4 *>(to) = v; }
+
+// to[j * to_stride + i] = from[i * from_stride + j], i and j < 4
+template <class To>
+static FC_INLINE void transpose_block(To *to, int64_t to_stride, const float *from, int64_t from_stride) {
+  Float4 column[4];
+  transpose4(from, from_stride, column);
+  for (int64_t k = 0; k < 4; ++k)
+    store4(to + k * to_stride, column[k]);
+}
+
+// The same with i and j < 8: three times, rows k and k + 4 are interleaved.
+static FC_INLINE void transpose_block(bfloat16 *to, int64_t to_stride, const bfloat16 *from, int64_t from_stride) {
+  Short8 row[8], next[8];
+  for (int k = 0; k < 8; ++k)
+    std::memcpy(&row[k], from + k * from_stride, 16);
+  const Short8 low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+#pragma GCC unroll 3
+  for (int stage = 0; stage < 3; ++stage) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      next[2 * k] = __builtin_shuffle(row[k], row[k + 4], low);
+      next[2 * k + 1] = __builtin_shuffle(row[k], row[k + 4], high);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k)
+      row[k] = next[k];
+  }
+  for (int k = 0; k < 8; ++k)
+    std::memcpy(to + k * to_stride, &row[k], 16);
+}
 
 // to[j * to_stride + i] = from[i * from_stride + j], i < rows, j < columns
 template <class To, class From>
 static void transpose(To *to, int64_t to_stride, const From *from, int64_t from_stride, int64_t rows, int64_t columns) {
+  constexpr bool kHalves = sizeof(To) == 2 && sizeof(From) == 2;
+  constexpr int64_t kBlock = kHalves ? 8 : sizeof(To) <= 4 && sizeof(From) == 4 ? 4 : 0;
   int64_t done = 0;
-  if constexpr (sizeof(To) == 4 && sizeof(From) == 4) {
-    const int64_t whole_columns = columns / 4 * 4;
-    for (; done + 4 <= rows; done += 4) {
-      for (int64_t j = 0; j < whole_columns; j += 4) {
-        Float4 column[4];
-        transpose4(from + done * from_stride + j, from_stride, column);
-        for (int64_t k = 0; k < 4; ++k)
-          store4(to + (j + k) * to_stride + done, column[k]);
-      }
+  if constexpr (kBlock != 0) {
+    const int64_t whole_columns = columns / kBlock * kBlock;
+    for (; done + kBlock <= rows; done += kBlock) {
+      for (int64_t j = 0; j < whole_columns; j += kBlock)
+        transpose_block(to + j * to_stride + done, to_stride, from + done * from_stride + j, from_stride);
       for (int64_t j = whole_columns; j < columns; ++j)
-        for (int64_t k = 0; k < 4; ++k)
-          to[j * to_stride + done + k] = from[(done + k) * from_stride + j];
+        for (int64_t k = 0; k < kBlock; ++k)
+          to[j * to_stride + done + k] = convert<To>(from[(done + k) * from_stride + j]);
     }
   }
   for (int64_t i = done; i < rows; ++i)
