@@ -25,12 +25,17 @@ def sections() -> dict[str, str]:
     return made
 
 
-def updated(text: str) -> str:
-    """``text`` with every marked section replaced by its current content."""
-    for name, content in sections().items():
+def replace_sections(text: str, sections: dict[str, str]) -> str:
+    """``text`` with what stands between the markers of each section replaced by its content."""
+    for name, content in sections.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text
+
+
+def updated(text: str) -> str:
+    """``text`` with every marked section replaced by its current content."""
+    return replace_sections(text, sections())
 
 
 if __name__ == "__main__":

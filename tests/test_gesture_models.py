@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fused_convlstm.models import ClipModel, create_model, load_model, model_names, save_model
 from fused_convlstm.models.clips import SameConv2d, SameConv3d, strided_steps
-from fused_convlstm.models.gesture import COMPONENTS
+from fused_convlstm.models.gesture import COMPONENTS, pyramid_steps
+from fused_convlstm.models.resnet50 import make_resnet50
 from fused_convlstm.models.video_lstm import DESIGNS, make_vgg16
 
 TINY_LIPS = {"in_channels": 1, "width": 0.1, "features": 12}
@@ -31,6 +32,8 @@ TINY: list[tuple[str, dict[str, Any], int]] = [
     ("cnn3d_biconvlstm_cnn2d", {"width": 0.05}, 24),
     ("res3d", TINY_GESTURE, 24),
     ("c3d", {"width": 0.03}, 24),
+    ("pyramidal_c3d", {"width": 0.03}, 24),
+    ("resnet50", {"width": 0.05}, 40),
     *[(f"video_{design}", {**TINY_VIDEO, "backbone": "small"}, 32) for design in DESIGNS],
 ]
 NAMES = [name for name, _, _ in TINY]
@@ -97,6 +100,22 @@ def test_padding_is_tensorflows(size: int, kernel: int, stride: int) -> None:
     torch.testing.assert_close(output[0, 0], expected[:, None] * expected[None])
     volume = SameConv3d(1, 1, kernel, stride)(torch.ones(1, 1, size, size, size))
     assert volume.shape[2:] == (-(-size // stride),) * 3
+
+
+def test_resnet50_has_torchvisions_layout() -> None:
+    backbone = make_resnet50(3, 1.0)
+    assert sum(p.numel() for p in backbone.parameters()) == 25_557_032 - 2048 * 1000 - 1000
+    names = set(backbone.state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.downsample.1.weight", "layer4.2.conv3.weight"} <= names
+    assert {name.split(".")[0] for name in names} == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+
+
+def test_pyramid_of_a_clip() -> None:
+    """The whole, its halves, its quarters: as many steps each."""
+    whole, *rest = pyramid_steps(8, 3).tolist()
+    assert whole == [0, 4]
+    assert rest == [[0, 2], [4, 6], [0, 1], [2, 3], [4, 5], [6, 7]]
+    assert pyramid_steps(5, 2).tolist() == [[0, 2, 4], [0, 1, 2], [3, 4, 4]]
 
 
 def test_vgg16_has_torchvisions_layout() -> None:

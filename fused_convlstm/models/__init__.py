@@ -8,6 +8,7 @@ from .gesture import (
     BiConvLSTMGesture,
     BiConvLSTMGestureConfig,
     GestureConfig,
+    PyramidalC3D,
     Res3D,
     Res3DConvLSTMMobileNet,
     Res3DConvLSTMMobileNetConfig,
@@ -15,6 +16,7 @@ from .gesture import (
 from .lip_baselines import VGGMLSTM, LipResNet, LipResNetConfig, VGGMConfig, VGGMMultitower
 from .registry import create_model, model_config, model_names, register_model
 from .resnet import ResNetConvLSTM, ResNetConvLSTMConfig
+from .resnet50 import ResNet50
 from .streaming import ModelConfig, ModelState, StreamingModel, detach_state, every
 from .vgg import VGGMConvLSTM, VGGMConvLSTMConfig
 from .video_lstm import VideoLSTM, VideoLSTMConfig
@@ -30,9 +32,11 @@ __all__ = [
     "LipResNetConfig",
     "ModelConfig",
     "ModelState",
+    "PyramidalC3D",
     "Res3D",
     "Res3DConvLSTMMobileNet",
     "Res3DConvLSTMMobileNetConfig",
+    "ResNet50",
     "ResNetBiConvLSTM",
     "ResNetBiConvLSTMConfig",
     "ResNetConvLSTM",

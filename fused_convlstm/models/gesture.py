@@ -284,16 +284,50 @@ class C3D(ClipModel):
             layers.append(MaxPool3dSame((1, 2, 2) if k == 0 else (2, 2, 2)))
         self.features = nn.Sequential(*layers)
         hidden = scaled(4096, config.width)
-        self.fc = nn.ModuleList([nn.Linear(before, hidden), nn.Linear(hidden, hidden)])
+        self.fc = nn.ModuleList([nn.Linear(self._parts * before, hidden), nn.Linear(hidden, hidden)])
         self.head = nn.Linear(hidden, config.num_classes)
         initialize_convolutions(self)
 
+    _parts = 1  # of the clip, whose features are put side by side
+
     def _clip(self, frames: Tensor, carry: Carry, resets: Mapping[str, Tensor]) -> Tensor:
-        x = to_frames(self.features(to_volume(frames))).mean(dim=(3, 4))
-        x = mean_over_steps(x, strided_steps(carry.valid, 16))
+        x = self._features(frames, carry.valid)
         for layer in self.fc:
             x = _dropout(self, F.relu(layer(x)))
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
+
+    def _features(self, frames: Tensor, valid: Tensor | None) -> Tensor:  # (T, B, C, H, W) -> (B, parts * K)
+        x = to_frames(self.features(to_volume(frames))).mean(dim=(3, 4))
+        return mean_over_steps(x, strided_steps(valid, 16))
+
+
+class PyramidalC3D(C3D):
+    """C3D on a pyramid of parts of the clip (Zhu et al. 2016): the whole clip, its halves and its quarters, each with a
+    quarter of the clip's frames, evenly spread.
+
+    The parts go through the same convolutions; their features are put side by side before the fully connected layers.
+    """
+
+    _levels = 3
+    _parts = 2**_levels - 1
+
+    def _features(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        index = pyramid_steps(frames.size(0), self._levels)  # (parts, steps of a part)
+        parts = frames[index].transpose(0, 1).flatten(1, 2)  # (steps, parts * B, C, H, W)
+        part_valid = None if valid is None else valid[index].transpose(0, 1).flatten(1, 2)
+        x = super()._features(parts, part_valid)  # (parts * B, K)
+        return x.unflatten(0, (len(index), -1)).transpose(0, 1).flatten(1)
+
+
+def pyramid_steps(steps: int, levels: int) -> Tensor:
+    """Which steps the parts of a pyramid have: (parts, steps of a part). A step past the last is the last."""
+    finest = 2 ** (levels - 1)  # parts of the last level
+    length = -(-steps // finest)
+    parts = []
+    for level in range(levels):
+        stride = finest >> level
+        parts += [torch.arange(length) * stride + part * length * stride for part in range(2**level)]
+    return torch.stack(parts).clamp(max=steps - 1)
 
 
 def _dropout(model: ClipModel, x: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from .gesture import (
     BiConvLSTMGesture,
     BiConvLSTMGestureConfig,
     GestureConfig,
+    PyramidalC3D,
     Res3D,
     Res3DConvLSTMMobileNet,
     Res3DConvLSTMMobileNetConfig,
 )
 from .lip_baselines import VGGMLSTM, LipResNet, LipResNetConfig, VGGMConfig, VGGMMultitower
 from .resnet import ResNetConvLSTM, ResNetConvLSTMConfig
+from .resnet50 import ResNet50
 from .streaming import ModelConfig, StreamingModel
 from .vgg import VGGMConvLSTM, VGGMConvLSTMConfig
 from .video_lstm import DESIGNS, VideoLSTM, VideoLSTMConfig
@@ -126,6 +128,8 @@ for _component in COMPONENTS:
 register_model("cnn3d_biconvlstm_cnn2d", BiConvLSTMGesture, BiConvLSTMGestureConfig())
 register_model("res3d", Res3D, GestureConfig())
 register_model("c3d", C3D, GestureConfig(dropout=0.5))
+register_model("pyramidal_c3d", PyramidalC3D, GestureConfig(dropout=0.5))
+register_model("resnet50", ResNet50, GestureConfig())
 
 # Actions: VideoLSTM and the designs that it is compared with.
 _SMALL_VIDEO: dict[str, Any] = {
