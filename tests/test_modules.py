@@ -368,3 +368,11 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, clips: Tensor) -> No
     monkeypatch.setenv("FUSED_CONVLSTM_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FUSED_CONVLSTM_BACKEND"):
         ConvLSTM2d(3, 5, 3)(clips)
+
+
+def test_attributes_of_a_convolution() -> None:
+    module = ConvLSTM2d(6, 4, (5, 3), stride=2, dilation=(1, 2), groups=2, padding_mode="circular")
+    plain = nn.Conv2d(6, 4, (5, 3), stride=2, padding=(2, 2), dilation=(1, 2), groups=2, padding_mode="circular")
+    for name in ("kernel_size", "stride", "dilation", "groups", "padding_mode"):
+        assert getattr(module, name) == getattr(plain, name)
+    assert module.padding == (2, 2, 2, 2)

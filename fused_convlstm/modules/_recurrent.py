@@ -129,6 +129,32 @@ class RecurrentConv2d(nn.Module, ABC):
         self.recompute_gates = recompute_gates
         self.backend = backend
 
+    # As on nn.Conv2d, always as tuples.
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.convolution.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.convolution.stride
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:  # top, bottom, left, right
+        return self.convolution.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.convolution.dilation
+
+    @property
+    def groups(self) -> int:
+        return self.convolution.groups
+
+    @property
+    def padding_mode(self) -> str:
+        return self.convolution.padding_mode
+
     @abstractmethod
     def _run_layer(self, *args: Any, **layer_arguments: Any) -> tuple[Tensor, State]:
         """One layer in one direction.
