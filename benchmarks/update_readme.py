@@ -18,10 +18,11 @@ README = ROOT / "README.md"
 def sections() -> dict[str, str]:
     """The text of each generated section by the name of its marker."""
     made = {"capabilities": capabilities()}
-    for name in ("cpu", "gpu"):
-        table = ROOT / "benchmarks" / "results" / f"{name}.md"
-        if table.exists():
-            made[f"benchmark-{name}"] = table.read_text().strip()
+    # A report of each GPU: gpu-DEVICE-DATE.md.
+    for name, pattern in (("cpu", "cpu.md"), ("models-cpu", "models-cpu.md"), ("gpu", "gpu-*.md")):
+        reports = sorted((ROOT / "benchmarks" / "results").glob(pattern))
+        if reports:
+            made[f"benchmark-{name}"] = "\n\n".join(report.read_text().strip() for report in reports)
     return made
 
 
