@@ -39,7 +39,7 @@ from fused_convlstm.data import (
     procedural,
 )
 
-WORDS = ("CHEAP", "PEACH", "FEEL", "LEAF", "MEAT", "TEAM")  # each the reverse of another: one average would not do
+WORDS = ("FEEDBACK", "CAPTIVE", "BALLOON", "TULIP", "DEPOT", "OMIT")  # each the reverse of another: one average would not do
 SIZE = 88
 
 

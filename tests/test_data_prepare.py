@@ -37,7 +37,7 @@ from fused_convlstm.data import (
 def spoken(tmp_path_factory):
     """Two words of six clips each, of two speakers."""
     return procedural.generate(
-        tmp_path_factory.mktemp("spoken") / "set", ["MEAT", "TEAM"], 6, 2, workers=0, progress=False
+        tmp_path_factory.mktemp("spoken") / "set", ["DEPOT", "OMIT"], 6, 2, workers=0, progress=False
     )
 
 
@@ -61,33 +61,33 @@ def grey_video(path, count=10, fps=25, size=(48, 64)):
 
 def test_dataset(cache):
     train = ClipDataset(cache, "train")
-    assert train.classes == ["MEAT", "TEAM"]
+    assert train.classes == ["DEPOT", "OMIT"]
     assert [len(ClipDataset(cache, split)) for split in ("train", "val", "test")] == [8, 2, 2]
     assert train.labels == [0] * 4 + [1] * 4
     assert train.lengths == [29] * 8
     clip = train[5]
     assert clip.frames.shape == (29, 1, 80, 80)
     assert clip.frames.dtype == torch.uint8
-    assert (clip.label, clip.text, clip.name) == (1, "TEAM", "TEAM/TEAM_00002")
+    assert (clip.label, clip.text, clip.name) == (1, "OMIT", "OMIT/OMIT_00002")
     ((word, start, end),) = clip.words
-    assert word == "TEAM"
+    assert word == "OMIT"
     assert start + end == pytest.approx(29, abs=1)
 
 
 def test_dataset_is_used_by_workers(cache):
     loader = torch.utils.data.DataLoader(ClipDataset(cache, "train"), batch_size=None, num_workers=1)
-    assert [clip.text for clip in loader] == ["MEAT"] * 4 + ["TEAM"] * 4
+    assert [clip.text for clip in loader] == ["DEPOT"] * 4 + ["OMIT"] * 4
 
 
 def test_dataset_classes(cache):
-    train = ClipDataset(cache, "train", classes=["TEAM"])
-    assert train.classes == ["TEAM"]
+    train = ClipDataset(cache, "train", classes=["OMIT"])
+    assert train.classes == ["OMIT"]
     assert [clip.label for clip in train] == [0] * 4
-    assert ClipDataset(cache, "train", classes=["TEAM", "MEAT"]).labels == [1] * 4 + [0] * 4
-    with pytest.raises(ValueError, match=r"classes: .* has the words \['MEAT', 'TEAM'\], not \['SOUP'\]"):
+    assert ClipDataset(cache, "train", classes=["OMIT", "DEPOT"]).labels == [1] * 4 + [0] * 4
+    with pytest.raises(ValueError, match=r"classes: .* has the words \['DEPOT', 'OMIT'\], not \['SOUP'\]"):
         ClipDataset(cache, "train", classes=["SOUP"])
     with pytest.raises(ValueError, match="each word once"):
-        ClipDataset(cache, "train", classes=["TEAM", "TEAM"])
+        ClipDataset(cache, "train", classes=["OMIT", "OMIT"])
     with pytest.raises(ValueError, match="split: expected one of"):
         ClipDataset(cache, "trian")
 
@@ -98,7 +98,7 @@ def test_no_cache(tmp_path):
 
 
 def test_load_frames_equals_the_cache(spoken, cache):
-    frames = load_frames(spoken / "TEAM/train/TEAM_00002.mp4")
+    frames = load_frames(spoken / "OMIT/train/OMIT_00002.mp4")
     assert np.array_equal(frames, ClipDataset(cache, "train")[5].frames.numpy())
 
 
@@ -157,7 +157,7 @@ def test_kill_and_resume(spoken, cache, tmp_path):
     assert all(contents(cache)[name] == data for name, data in written.items())
     with pytest.raises(ValueError, match="was not finished"):
         ClipDataset(tmp_path, "train")
-    (tmp_path / "clips/train/MEAT/MEAT_00001.npz.77.unfinished").write_bytes(b"half")
+    (tmp_path / "clips/train/DEPOT/DEPOT_00001.npz.77.unfinished").write_bytes(b"half")
     assert prepare(LRW(spoken), tmp_path, workers=0, progress=False).done == 12
     assert contents(tmp_path) == contents(cache)
 
@@ -191,36 +191,36 @@ class DeadlyCrop(MouthCrop):
 def test_problems_are_listed_and_skipped(spoken, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(spoken, root)
-    folder = root / "MEAT/train"
-    (folder / "MEAT_00001.txt").unlink()
-    (folder / "MEAT_00002.mp4").write_text("no video")
-    whole = (folder / "MEAT_00003.mp4").read_bytes()
-    (folder / "MEAT_00003.mp4").write_bytes(whole[: len(whole) // 2])
-    grey_video(folder / "MEAT_00004.mp4", count=29, size=(256, 256))
-    grey_video(root / "MEAT/val/MEAT_00005.mp4", count=1, size=(256, 256))
-    (root / "MEAT/test/MEAT_00006.mp4").write_bytes(b"")
-    (root / "TEAM/train/notes.pdf").write_bytes(b"")
+    folder = root / "DEPOT/train"
+    (folder / "DEPOT_00001.txt").unlink()
+    (folder / "DEPOT_00002.mp4").write_text("no video")
+    whole = (folder / "DEPOT_00003.mp4").read_bytes()
+    (folder / "DEPOT_00003.mp4").write_bytes(whole[: len(whole) // 2])
+    grey_video(folder / "DEPOT_00004.mp4", count=29, size=(256, 256))
+    grey_video(root / "DEPOT/val/DEPOT_00005.mp4", count=1, size=(256, 256))
+    (root / "DEPOT/test/DEPOT_00006.mp4").write_bytes(b"")
+    (root / "OMIT/train/notes.pdf").write_bytes(b"")
     report = prepare(LRW(root), tmp_path / "cache", workers=0, progress=False)
     reasons = dict(report.skipped)
     assert report.done == 6
-    assert reasons["MEAT/MEAT_00001"] == "MEAT_00001.txt is missing"
-    assert reasons["MEAT/MEAT_00002"].startswith("cannot be decoded at its start")
-    assert reasons["MEAT/MEAT_00003"].startswith(("cannot be decoded", "damaged"))
-    assert reasons["MEAT/MEAT_00004"] == "a face in 0 of 7 frames looked at"
-    assert reasons["MEAT/MEAT_00005"] == "too short: 1 frame, at least 5 are wanted"
-    assert reasons["MEAT/MEAT_00006"].startswith("cannot be decoded at its start")
+    assert reasons["DEPOT/DEPOT_00001"] == "DEPOT_00001.txt is missing"
+    assert reasons["DEPOT/DEPOT_00002"].startswith("cannot be decoded at its start")
+    assert reasons["DEPOT/DEPOT_00003"].startswith(("cannot be decoded", "damaged"))
+    assert reasons["DEPOT/DEPOT_00004"] == "a face in 0 of 7 frames looked at"
+    assert reasons["DEPOT/DEPOT_00005"] == "too short: 1 frame, at least 5 are wanted"
+    assert reasons["DEPOT/DEPOT_00006"].startswith("cannot be decoded at its start")
     assert len(reasons) == 6
     assert len(ClipDataset(tmp_path / "cache", "train")) == 4
     # a file put right is taken in by the next run
-    shutil.copy(spoken / "MEAT/train/MEAT_00002.mp4", folder)
+    shutil.copy(spoken / "DEPOT/train/DEPOT_00002.mp4", folder)
     assert prepare(LRW(root), tmp_path / "cache", workers=0, progress=False).done == 7
 
 
 def test_damaged_clip_in_the_cache(spoken, cache, tmp_path):
     shutil.copytree(cache, tmp_path / "cache")
-    victim = tmp_path / "cache/clips/train/MEAT/MEAT_00001.npz"
+    victim = tmp_path / "cache/clips/train/DEPOT/DEPOT_00001.npz"
     victim.write_bytes(victim.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"MEAT_00001.npz' cannot be read .* prepare again"):
+    with pytest.raises(ValueError, match=r"DEPOT_00001.npz' cannot be read .* prepare again"):
         ClipDataset(tmp_path / "cache", "train")[0]
     prepare(LRW(spoken), tmp_path / "cache", workers=0, progress=False)
     assert contents(tmp_path / "cache") == contents(cache)

@@ -29,7 +29,7 @@ MIDDLE = 29 / 50
 
 
 def trajectory(word):
-    return mouth_shapes(parse_phonemes(word, WORDS[word]), MIDDLE - 0.3, MIDDLE + 0.3, TIMES, Even())
+    return mouth_shapes(parse_phonemes(word, WORDS[word]), MIDDLE - 0.42, MIDDLE + 0.42, TIMES, Even())
 
 
 def test_words_come_in_reversed_pairs():
@@ -48,18 +48,20 @@ def test_words_come_in_reversed_pairs():
 
 
 def test_shapes_are_reached_and_blend():
-    meat = trajectory("MEAT")
+    omit = trajectory("OMIT")
     inside = slice(6, 23)
-    assert meat[inside, PRESS].max() > 0.8
-    assert meat[inside, WIDTH].max() > 0.43
-    assert trajectory("POOL")[inside, ROUND].max() > 0.85
-    assert trajectory("FEEL")[inside, TUCK].max() > 0.8
-    assert trajectory("BAT")[inside, APERTURE].max() > 0.2
-    assert np.abs(np.diff(trajectory("BAT")[:, APERTURE])).max() < 0.16  # no jumps
-    rest = trajectory("MEAT")[[0, -1]]
-    np.testing.assert_allclose(rest, trajectory("POOL")[[0, -1]], atol=0.02)
+    assert omit[inside, PRESS].max() > 0.8
+    assert omit[inside, WIDTH].max() > 0.43
+    assert trajectory("TULIP")[inside, ROUND].max() > 0.85
+    assert trajectory("FEEDBACK")[inside, TUCK].max() > 0.8
+    assert trajectory("CAPTIVE")[inside, APERTURE].max() > 0.2
+    for word in WORDS:  # no jumps: even a plosive next to an open vowel takes more than one frame
+        aperture = trajectory(word)[:, APERTURE]
+        assert np.abs(np.diff(aperture)).max() < 0.7 * np.ptp(aperture)
+    rest = trajectory("OMIT")[[0, -1]]
+    np.testing.assert_allclose(rest, trajectory("TULIP")[[0, -1]], atol=0.02)
     # the vowel colours its neighbours: the same consonant is rounder before a round vowel
-    assert trajectory("LOOP")[9, ROUND] > trajectory("LEAF")[9, ROUND] + 0.05
+    assert trajectory("DUTIES")[9, ROUND] > trajectory("DEPOT")[9, ROUND] + 0.05
 
 
 def test_phonemes():
@@ -76,7 +78,7 @@ def test_the_face_is_found_and_the_mouth_centred(seed):
     rng = np.random.default_rng(seed)
     face = Face(Speaker.draw(rng), Light.draw(rng), rng)
     shift_x, shift_y, turn, size = rng.uniform(-10, 10), rng.uniform(-7, 7), rng.uniform(-4, 4), rng.uniform(0.92, 1.08)
-    shapes = mouth_shapes(parse_phonemes("BAT", WORDS["BAT"]), 0.3, 0.8, TIMES, rng)
+    shapes = mouth_shapes(parse_phonemes("CAPTIVE", WORDS["CAPTIVE"]), 0.3, 0.8, TIMES, rng)
     frames = np.stack(
         [sensor(face.draw(shape, 0, (shift_x, shift_y, turn, size)), np.float32(0), 1) for shape in shapes]
     )
@@ -93,7 +95,7 @@ def test_the_face_is_found_and_the_mouth_centred(seed):
 def test_blink_and_pose_change_the_picture():
     rng = np.random.default_rng(0)
     face = Face(Speaker.draw(rng), Light.draw(rng), rng)
-    rest = trajectory("MEAT")[0]
+    rest = trajectory("OMIT")[0]
     plain = face.draw(rest, 0, (0, 0, 0, 1))
     assert plain.shape == (FRAME, FRAME, 3)
     assert plain.min() >= 0
@@ -109,7 +111,7 @@ def test_blink_and_pose_change_the_picture():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return generate(tmp_path_factory.mktemp("small") / "set", ["BAT"], 6, 1, seed=3, workers=0, progress=False)
+    return generate(tmp_path_factory.mktemp("small") / "set", ["CAPTIVE"], 6, 1, seed=3, workers=0, progress=False)
 
 
 def files(folder):
@@ -120,17 +122,17 @@ def test_layout_of_lrw(small):
     found = list(LRW(small))
     assert all(isinstance(entry, Item) for entry in found)
     assert [(item.name, item.split) for item in found] == [
-        ("BAT/BAT_00001", "train"),
-        ("BAT/BAT_00002", "train"),
-        ("BAT/BAT_00003", "train"),
-        ("BAT/BAT_00004", "train"),
-        ("BAT/BAT_00005", "val"),
-        ("BAT/BAT_00006", "test"),
+        ("CAPTIVE/CAPTIVE_00001", "train"),
+        ("CAPTIVE/CAPTIVE_00002", "train"),
+        ("CAPTIVE/CAPTIVE_00003", "train"),
+        ("CAPTIVE/CAPTIVE_00004", "train"),
+        ("CAPTIVE/CAPTIVE_00005", "val"),
+        ("CAPTIVE/CAPTIVE_00006", "test"),
     ]
-    frames, rate = read_video(small / "BAT/train/BAT_00001.mp4", rgb=True)
+    frames, rate = read_video(small / "CAPTIVE/train/CAPTIVE_00001.mp4", rgb=True)
     assert frames.shape == (29, 256, 256, 3)
     assert rate == 25
-    text = (small / "BAT/train/BAT_00001.txt").read_text()
+    text = (small / "CAPTIVE/train/CAPTIVE_00001.txt").read_text()
     assert re.fullmatch(r"Duration: 0\.\d{3} seconds\n", text)
 
 
@@ -149,22 +151,22 @@ def test_the_word_is_where_the_text_file_says(small):
 
 
 def test_same_arguments_same_files(small, tmp_path):
-    again = generate(tmp_path / "set", ["BAT"], 6, 1, seed=3, workers=2, progress=False)
+    again = generate(tmp_path / "set", ["CAPTIVE"], 6, 1, seed=3, workers=2, progress=False)
     assert files(again) == files(small)
 
 
 def test_other_seed_other_files(small, tmp_path):
-    other = generate(tmp_path / "set", ["BAT"], 6, 1, seed=4, workers=0, progress=False)
+    other = generate(tmp_path / "set", ["CAPTIVE"], 6, 1, seed=4, workers=0, progress=False)
     assert files(other) != files(small)
 
 
 def test_continued_after_an_interruption(small, tmp_path):
     shutil.copytree(small, tmp_path / "set")
-    (tmp_path / "set/BAT/train/BAT_00002.mp4").unlink()
-    (tmp_path / "set/BAT/test/BAT_00006.mp4").unlink()
-    (tmp_path / "set/BAT/test/BAT_00006.txt").unlink()
-    (tmp_path / "set/BAT/test/BAT_00006.mp4.77.unfinished").write_bytes(b"half")
-    generate(tmp_path / "set", ["BAT"], 6, 1, seed=3, workers=0, progress=False)
+    (tmp_path / "set/CAPTIVE/train/CAPTIVE_00002.mp4").unlink()
+    (tmp_path / "set/CAPTIVE/test/CAPTIVE_00006.mp4").unlink()
+    (tmp_path / "set/CAPTIVE/test/CAPTIVE_00006.txt").unlink()
+    (tmp_path / "set/CAPTIVE/test/CAPTIVE_00006.mp4.77.unfinished").write_bytes(b"half")
+    generate(tmp_path / "set", ["CAPTIVE"], 6, 1, seed=3, workers=0, progress=False)
     assert files(tmp_path / "set") == files(small)
 
 
@@ -174,10 +176,10 @@ def test_no_space_left(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(PrepareError, match=r"cannot write in .* the same call continues"):
-            generate(tmp_path / "set", ["BAT"], 6, 1, workers=0, progress=False)
+            generate(tmp_path / "set", ["CAPTIVE"], 6, 1, workers=0, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert set(files(tmp_path / "set")) <= {"procedural.json", "BAT/train/BAT_00001.txt"}
+    assert set(files(tmp_path / "set")) <= {"procedural.json", "CAPTIVE/train/CAPTIVE_00001.txt"}
 
 
 def test_bad_arguments(small, tmp_path):
@@ -195,7 +197,7 @@ def test_bad_arguments(small, tmp_path):
         generate(tmp_path / "new", speakers=0, workers=0)
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="has a set made with"):
-        generate(small, ["BAT"], 6, 1, seed=9, workers=0)
+        generate(small, ["CAPTIVE"], 6, 1, seed=9, workers=0)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty or a new folder"):
         generate(tmp_path, workers=0)

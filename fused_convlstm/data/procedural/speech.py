@@ -63,23 +63,24 @@ _LOOKS_LIKE = {
 }
 _VOWELS = frozenset(("UW", "AO", "AA", "AE", "IY"))
 
-# Five pairs of real words, each the other's sounds reversed; many share their first or last sound with another pair.
+# Five pairs of real words, each the other's shapes reversed: the vowels of a word look different from each other, and
+# their order is what tells it from its partner. Many share their first or last sound with another pair.
 WORDS: Mapping[str, str] = {
-    "BAT": "B AE T",
-    "CHEAP": "CH IY P",
-    "FEEL": "F IY L",
-    "LEAF": "L IY F",
-    "LOOP": "L UW P",
-    "MEAT": "M IY T",
-    "PEACH": "P IY CH",
-    "POOL": "P UW L",
-    "TAB": "T AE B",
-    "TEAM": "T IY M",
+    "BALLOON": "B AH L UW N",
+    "CAPTIVE": "K AE P T IH V",
+    "CRUSADE": "K R UW S EY D",
+    "DEPOT": "D IY P OW",
+    "DUTIES": "D UW T IY Z",
+    "FEEDBACK": "F IY D B AE K",
+    "NETWORK": "N EH T W ER K",
+    "OMIT": "OW M IH T",
+    "SEDUCE": "S IH D UW S",
+    "TULIP": "T UW L AH P",
 }
 
 
 def parse_phonemes(word: str, phonemes: str) -> list[str]:
-    """The mouth shapes of a word given as ARPAbet phonemes such as ``"M IY T"``; stress digits are ignored.
+    """The mouth shapes of a word given as ARPAbet phonemes such as ``"OW M IH T"``; stress digits are ignored.
 
     Raises:
         ValueError: an unknown phoneme, or none.

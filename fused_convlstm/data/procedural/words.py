@@ -50,7 +50,7 @@ def generate(
 
     Args:
         out_dir: folder, made if needed.
-        words: words with ARPAbet phonemes, such as ``{"MEAT": "M IY T"}``, or names of :data:`WORDS`; default all.
+        words: words with ARPAbet phonemes, such as ``{"OMIT": "OW M IH T"}``, or names of :data:`WORDS`; default all.
         clips_per_word: clips of each word, at least 6.
         speakers: different faces.
         seed: seed of everything random.
@@ -106,7 +106,7 @@ def _render_session(job: _Session) -> int:
     for clip in job.clips:
         clip_rng = np.random.default_rng([job.seed, zlib.crc32(clip.label.encode()), clip.number])
         shapes = parse_phonemes(clip.label, job.lexicon[clip.label])
-        duration = clip_rng.uniform(0.64, 0.88)
+        duration = clip_rng.uniform(0.72, 0.96)
         write_text(clip.video.with_suffix(".txt"), f"Duration: {duration:.3f} seconds\n")
         with complete_file(clip.video) as unfinished:
             write_video(unfinished, _frames(face, shapes, duration, noise, clip_rng), FPS)
