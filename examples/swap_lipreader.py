@@ -39,7 +39,8 @@ from fused_convlstm.data import (
     procedural,
 )
 
-WORDS = ("FEEDBACK", "CAPTIVE", "BALLOON", "TULIP", "DEPOT", "OMIT")  # each the reverse of another: one average would not do
+# Each the reverse of another: one average would not do.
+WORDS = ("FEEDBACK", "CAPTIVE", "BALLOON", "TULIP", "DEPOT", "OMIT")
 SIZE = 88
 
 

@@ -177,7 +177,7 @@ def test_generate_prepare_train(tmp_path, capsys):
     options = ["--set", "training.epochs=1", "--set", "training.batch_size=2", "--set", "training.frames=[[0, 6]]"]
     run = str(tmp_path / "run")
     assert main(["train", "demo", cache, run, "--device", "cpu", "--quiet", *options]) == 0
-    video = next((tmp_path / "videos" / "TAB" / "test").glob("*.mp4"))
+    video = next((tmp_path / "videos" / "TULIP" / "test").glob("*.mp4"))
     assert main(["predict", run, str(video), "--threshold", "0", "--device", "cpu"]) == 0
     assert {"BALLOON", "TULIP"} & set(capsys.readouterr().out.split())
 
