@@ -59,3 +59,24 @@ def test_without_the_compiled_kernels_the_import_warns(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "RuntimeWarning: fused_convlstm: on the CPU everything will run on the slow reference" in result.stderr
     assert "fused_convlstm._cpu is not there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("sys.modules['triton'] = None", "Triton is not installed"),
+        ("import triton; triton.__version__ = '3.2.0'", "Triton 3.2.0 is installed, at least"),
+    ],
+)
+def test_without_a_triton_that_serves(setting: str, reason: str, tmp_path: Path) -> None:
+    if setting.startswith("import"):
+        pytest.importorskip("triton")
+    script = (
+        f"import sys; {setting}\n"
+        "import torch; from fused_convlstm import ConvLSTM2d, explain\n"
+        "layer, frames = ConvLSTM2d(1, 1, 3), torch.ones(1, 1, 1, 2, 2)\n"
+        "print(explain(layer, frames)); layer.backend = 'triton'; layer(frames)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert f"triton: {reason}" in result.stdout
+    assert "BackendError: backend 'triton' cannot serve this conv_lstm2d call" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -129,3 +130,22 @@ class Backend(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of (input, h_0, c_0, gate_weight_ih, gate_weight_hh, gate_bias, depthwise_ih,
         depthwise_hh, pointwise_ih, pointwise_hh, bias); where ``needs`` is False or the tensor is absent, None."""
+
+
+class AbsentBackend(Backend):
+    """Stands for kernels that cannot be imported here: known by name, never run."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def unavailable(self) -> str | None:
+        return self.reason
+
+    def refuse(self, call: Call) -> str | None:
+        return self.reason
+
+    def _run(self, *args: Any) -> Any:
+        raise RuntimeError(f"backend {self.name!r}: {self.reason}")
+
+    conv_lstm2d = conv_lstm2d_backward = _run  # type: ignore[assignment]
+    pooled_gate_conv_lstm2d = pooled_gate_conv_lstm2d_backward = _run  # type: ignore[assignment]

@@ -22,7 +22,7 @@ def shape_class(call: Call) -> str:
 
 def prefer_other(call: Call, capability: tuple[int, int]) -> str | None:
     """Why Triton's kernels take this call; None if these do, also where Triton cannot."""
-    if "triton" not in registry.names() or registry.cannot_serve(registry.get("triton"), call) is not None:
+    if registry.cannot_serve(registry.get("triton"), call) is not None:
         return None
     kind, architecture = shape_class(call), f"sm_{capability[0]}{capability[1]}"
     faster = FASTER.get(capability, {}).get(kind)
