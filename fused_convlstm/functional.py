@@ -431,16 +431,14 @@ def _run(
     return results[0], (results[1], results[2])
 
 
-# torch.compile before 2.13 cannot look inside.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+# Asked once: torch.compile before 2.13 cannot trace the question.
+_WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
 
 
 def autocast_call(input: Tensor, hx: State | None, weights: list[Any]) -> tuple[Tensor, State | None, list[Any]]:
     """Under autocast, everything but the cell state in autocast's type, as for ``nn.LSTM``."""
     device = input.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if device not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device):
         return input, hx, weights
     if input.dtype == torch.float64:
         return input, hx, weights
@@ -450,7 +448,7 @@ def autocast_call(input: Tensor, hx: State | None, weights: list[Any]) -> tuple[
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else nullcontext()
 
 
 def check_weights(names: Sequence[str], weights: Sequence[Tensor | None], input: Tensor) -> None:
