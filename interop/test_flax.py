@@ -15,6 +15,7 @@ from fused_convlstm.convert import from_weights, to_weights
 
 LIBRARY = f"Flax {flax.__version__} on JAX {jax.__version__}"
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than everything else
 B, T, SIZE, CIN, F = 2, 4, (6, 7), 3, 5
 
 

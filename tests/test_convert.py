@@ -24,6 +24,7 @@ from fused_convlstm.convert import (
     to_keras,
     to_weights,
 )
+from fused_convlstm.convert.layouts import as_tensor
 
 T, B, CIN, C, SIZE = 4, 2, 3, 5, (6, 7)
 
@@ -219,6 +220,31 @@ def test_round_trip_of_a_fused_layer(layout: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_dilation_is_that_of_the_library() -> None:
+    """kamo-naoyuki's holds for both convolutions, Keras' for that of the input."""
+    kamo = swap_twins.Kamo(CIN, C, 3, dilation=2).double()
+    x = normal(T, B, CIN, *SIZE)
+    fused = from_weights(kamo.state_dict(), "kamo-naoyuki", dilation=2)
+    torch.testing.assert_close(fused(x)[0], kamo(x)[0])
+    assert to_weights(fused, "kamo-naoyuki").keys() == kamo.state_dict().keys()
+    assert from_weights(weights_for("Keras", (3, 3)), "Keras", dilation=2).convolution.recurrent_dilation == (1, 1)
+
+
+def test_bfloat16_arrays_are_read() -> None:
+    """NumPy has no such type: JAX and TensorFlow bring it along."""
+
+    class Bfloat16(np.ndarray):
+        @property
+        def dtype(self) -> object:
+            return type("dtype", (), {"name": "bfloat16"})
+
+    class Array:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            return np.arange(3, dtype=np.float32).view(Bfloat16)
+
+    assert torch.equal(as_tensor(Array()), torch.arange(3).bfloat16())
+
+
 def test_every_array_library_is_read() -> None:
     """Anything that NumPy understands, and MXNet's own asnumpy."""
 
@@ -280,6 +306,13 @@ def test_missing_and_misshapen_weights() -> None:
         from_weights({"conv.weight": normal(20, 5, 3, 3)}, "snntorch")
     with pytest.raises(ValueError, match="'Wcf' beside the other peepholes"):
         from_weights({"_conv.weight": normal(20, 8, 3, 3), "Wci": normal(1, 5, 2, 2)}, "Hzzone")
+    with pytest.raises(ValueError, match=r"'cell_list\.0\.conv\.weight', got none with this prefix"):
+        from_weights({"encoder.cell_list.0.conv.weight": normal(20, 8, 3, 3)}, "ndrplz", prefix="decoder.")
+    many = {f"layer{k}": normal(1) for k in range(20)}
+    with pytest.raises(ValueError, match=r"got 'layer0', .*'layer7' and 12 more$"):
+        from_weights(many, "ndrplz")
+    with pytest.raises(ValueError, match="kernel_size"):
+        from_weights({"conv.weight": normal(20, 8, 3)}, "snntorch")
     with pytest.raises(ValueError, match="expected one named 'pointwise_kernel'"):
         from_weights(
             {
@@ -301,6 +334,14 @@ def test_missing_and_misshapen_weights() -> None:
         ({"recurrent_kernel_size": 5}, "ndrplz", "recurrent_kernel_size: expected the size of the input kernel"),
         ({}, "OpenSTL", "bias: expected none"),
         ({}, "AttentionConvLSTM", "module: expected a PooledGateConvLSTM2d"),
+        ({"gate_activation": "hard_sigmoid"}, "Flax", "gate_activation: layout 'Flax' has 'sigmoid', got 'hard_sig"),
+        ({"dilation": 2}, "ndrplz", r"recurrent_dilation: layout 'ndrplz' has \(1, 1\), got \(2, 2\)"),
+        ({"dilation": 2, "recurrent_dilation": 1}, "kamo-naoyuki", r"recurrent_dilation: .* has \(2, 2\)"),
+        (
+            {"bidirectional": True, "merge_mode": "sum"},
+            "kamo-naoyuki",
+            "merge_mode: layout 'kamo-naoyuki' has 'concat'",
+        ),
     ],
 )
 def test_layers_that_a_library_cannot_have(options: dict, layout: str, message: str) -> None:
@@ -388,6 +429,8 @@ def test_keras_state_and_channels_first() -> None:
     actual = fused(x.movedim(-1, 2), [h.movedim(-1, 1), c.movedim(-1, 1)])
     for a, e in zip(actual, layer(x, (h, c)), strict=True):
         torch.testing.assert_close(a.movedim(-3, -1), e)
+    with pytest.raises(ValueError, match="initial_state: expected 2 tensors, h and c of each layer, got 1"):
+        fused(x.movedim(-1, 2), [h.movedim(-1, 1)])
 
 
 def test_keras_stateful() -> None:
@@ -421,6 +464,8 @@ def test_keras_bidirectional(mode: str, sequences: bool) -> None:
         (None, None, "sigmoid"),
         ("3.0.0", None, "sigmoid"),
         ("2.15.0", None, "hard_sigmoid of Keras 2"),
+        ("2", None, "hard_sigmoid of Keras 2"),
+        ("10.1", "hard_sigmoid", "hard_sigmoid of Keras 3"),
         ("2.4.3", "sigmoid", "sigmoid"),
         ("2.15.0", "hard_sigmoid", "hard_sigmoid of Keras 2"),
         ("3.5.0", "hard_sigmoid", "hard_sigmoid of Keras 3"),
@@ -448,6 +493,9 @@ def test_keras_versions_and_gates(version: str | None, activation: object, gate:
         ({"data_format": "nchw"}, "data_format: expected one of"),
         ({"strides": (1, 2, 3)}, "strides: expected a number or two"),
         ({"filters": 3}, "filters: no option"),
+        ({"merge_mode": "sum"}, "merge_mode: expected none"),
+        ({"keras_version": "newest"}, "keras_version: expected one such as"),
+        ({"name": "lstm"}, "name: expected None where source is no file"),
     ],
 )
 def test_keras_refusals(config: dict, message: str) -> None:
@@ -477,6 +525,20 @@ def test_keras_bidirectional_refusals(config: dict, message: str) -> None:
     weights = [array for one in keras_weights(directions=2) for array in one.values()]
     with pytest.raises(ValueError, match=message):
         from_keras(weights, **config)
+    assert from_keras(weights).lstm.merge_mode == "concat"  # Keras' default
+
+
+def test_keras_backward_layer_with_options_of_its_own() -> None:
+    """Keras 3 writes the options of both layers; they may differ."""
+    layer = convert_twins.Bidirectional(keras_weights(directions=2), merge_mode="sum", return_sequences=True)
+    config = layer.get_config()
+    backward = config["layer"] | {"config": config["layer"]["config"] | {"go_backwards": True}}
+    layer.get_config = lambda: config | {"backward_layer": backward}
+    x = normal(B, T, *SIZE, CIN)
+    torch.testing.assert_close(from_keras(layer)(x), layer(x)[0])
+    backward["config"]["recurrent_activation"] = "hard_sigmoid"
+    with pytest.raises(ValueError, match="backward_layer: expected the options of the forward layer, recurrent_activ"):
+        from_keras(layer)
 
 
 def test_keras_sources_that_are_none() -> None:
@@ -495,6 +557,8 @@ def test_keras_sources_that_are_none() -> None:
         to_keras(ConvLSTM2d(CIN, C, 3, 2))
     with pytest.raises(ValueError, match="groups"):
         to_keras(ConvLSTM2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="module: expected a KerasConvLSTM2D or a ConvLSTM2d, got Linear"):
+        to_keras(nn.Linear(3, 4))
 
 
 class Files:

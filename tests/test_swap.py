@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fused_convlstm
 from fused_convlstm import swap, unswap
 from fused_convlstm.swap import SwappedLayer
-from fused_convlstm.swap.recognise import same_structure, tensors_in
+from fused_convlstm.swap.values import same_structure, tensors_in
 
 SIZE = (6, 5)
 swap_steps = importlib.import_module("fused_convlstm.swap.swap")  # the function has the name of the module
@@ -210,6 +210,16 @@ def test_checkpoint_of_before_loads_after(name: str) -> None:
     other.load_state_dict(other.state_dict())  # and one of after the swap, of course
 
 
+def test_checkpoint_of_another_size_is_refused() -> None:
+    model = holder(twins.Ndrplz(3, 4, (3, 3), 1))
+    checkpoint = model.state_dict() | {"inner.cell_list.0.conv.bias": torch.zeros(1)}  # would broadcast
+    swap(model)
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for inner.cell_list.0.conv.bias: expected \(16,\), got \(1,\)"
+    ):
+        model.load_state_dict(checkpoint)
+
+
 REFUSED = {
     "jhhuang96": (lambda: twins.Jhhuang96Lstm(SIZE, 3, 3, 4), ["GroupNorm on the pre-activations"]),
     "czifan": (
@@ -380,6 +390,83 @@ def test_frozen_weights_stay_frozen() -> None:
     model = holder(nn.Sequential(cell))
     swap(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    layer = twins.Kamo(3, 4, 3)
+    layer.weight_ih_l0.requires_grad_(False)
+    layer.bias_hh_l0.requires_grad_(False)  # the other bias learns what both would
+    swapped = swap(layer).model.layers[0]
+    assert [p.requires_grad for p in (swapped.weight_ih_l0, swapped.weight_hh_l0, swapped.bias_l0)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_frozen_peepholes_are_found() -> None:
+    module, calls = make("aserdega with peepholes")
+    model = holder(copy.deepcopy(module.requires_grad_(False)))
+    assert swap(model).replaced
+    torch.testing.assert_close(model["inner"](*calls[0])[0], module(*calls[0])[0])
+
+
+def test_one_gate_frozen_is_a_reason_to_keep() -> None:
+    module = twins.Automan000(3, [4], 3, 2, [1])
+    module.cell0.Wxf.weight.requires_grad_(False)
+    report = swap(holder(module))
+    assert not report.replaced
+    assert "frozen and others not" in report.kept[0].reason
+
+
+def test_one_added_to_f_without_a_bias_does_not_learn() -> None:
+    """The fused layer has it in a bias, for which the original has no place."""
+    cell = Unlike(torch.sigmoid)
+    cell.q.bias = None
+    swapped = swap(cell).model
+    assert not swapped.layers[0].bias.requires_grad
+    assert unswap(swapped) is cell
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_computed_from_others_are_a_reason_to_keep(wrap) -> None:
+    stack = twins.Ndrplz(3, 4, (3, 3), 1)
+    wrap(stack.cell_list[0].conv)
+    report = swap(holder(stack))
+    assert not report.replaced
+    assert "weight is computed from others" in report.kept[0].reason
+
+
+def test_weights_on_the_meta_device_are_a_reason_to_keep() -> None:
+    with torch.device("meta"):
+        stack = twins.Ndrplz(3, 4, (3, 3), 1)
+    assert "meta device" in swap(holder(stack)).kept[0].reason
+
+
+def test_compiled_and_scripted_modules() -> None:
+    """What torch.compile has wrapped would go on running the module that it wrapped."""
+    report = swap(holder(torch.compile(twins.NdrplzCell(3, 4, (3, 3)))))
+    assert not report.replaced
+    assert "torch.compile" in report.kept[0].reason
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(7, 16, 3)))
+    assert str(swap(holder(scripted))) == "replaced 0, kept 0"
+
+
+def test_unknown_conv_lstm_is_mentioned() -> None:
+    class ConvLSTMCell3d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(7, 16, 3, padding=1)
+
+    class ConvLSTMNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = ConvLSTMCell3d(), nn.Conv2d(4, 1, 1)
+
+    report = swap(ConvLSTMNet())
+    assert [(one.name, one.reason) for one in report.kept] == [
+        ("cell", "its convolutions are in no arrangement that is known here")
+    ]
 
 
 def test_attributes_and_methods_of_the_replaced_module() -> None:
@@ -438,6 +525,24 @@ def test_spiking_neuron_is_still_found_by_its_library() -> None:
     assert not neuron.mem.any()
 
 
+def test_spiking_neuron_comes_back_as_it_is_now() -> None:
+    module, calls = make("snntorch, hidden state, pooling")
+    known = len(twins.Spiking.instances)
+    model = holder(module)
+    swap(model)
+    assert len(twins.Spiking.instances) == known + 1  # nothing that was only tried out
+    model.double()  # makes new buffers
+    model.load_state_dict(model.state_dict() | {"inner.threshold": torch.tensor(0.25)})
+    model["inner"].max_pool = 3
+    model["inner"](*calls[0])
+    mem = model["inner"].mem
+    assert unswap(model)["inner"] is module
+    assert module.threshold == 0.25
+    assert module.max_pool == 3
+    assert module.mem is mem
+    assert module.state_function.__self__ is module
+
+
 def test_state_with_a_history_does_not_hinder() -> None:
     module, calls = make("snntorch")
     module(*calls[0])
@@ -461,6 +566,46 @@ def test_verify_reports_errors_and_times() -> None:
     assert "random frames (2, 8, 3, 32, 32)" in str(report)
 
 
+@pytest.mark.parametrize("name", ["snntorch", "snntorch, hidden state, pooling"])
+def test_verify_leaves_the_state_of_a_neuron_alone(name: str) -> None:
+    """A state with a history, too, is not run through again and again."""
+    module, calls = make(name)
+    module(*calls[0])
+    mem = module.mem
+    report = swap(holder(module), verify=True)
+    assert report.verification.output_error < 1e-10
+    assert report.model["inner"].mem is mem
+
+
+def test_verify_leaves_every_module_in_its_mode() -> None:
+    model = nn.ModuleDict({"norm": nn.BatchNorm2d(3).eval(), "inner": twins.Ndrplz(3, 4, (3, 3), 1)})
+    swap(model, verify=True)
+    assert not model["norm"].training
+    assert model["inner"].training
+    assert unswap(model)["inner"].training
+
+
+def test_verify_puts_everything_back_if_the_model_raises() -> None:
+    model = Reader()
+    before, lstm = list(model.modules()), model.lstm
+    with pytest.raises(TypeError, match="scale"):
+        swap(model, verify=True, example_input=torch.randint(0, 10, (2, 5)))
+    assert list(model.modules()) == before
+    assert model.lstm is lstm
+    assert model.training
+
+
+def test_example_inputs_that_verify_nothing() -> None:
+    class Longest(Reader):
+        def forward(self, tokens):
+            return super().forward(tokens, 1.0)["mean"].argmax()
+
+    with pytest.raises(ValueError, match="returns floating-point tensors"):
+        swap(Longest(), verify=True, example_input=torch.randint(0, 10, (2, 5)))
+    with pytest.raises(ValueError, match="example_input: expected None without verify=True"):
+        swap(Reader(), example_input=torch.randint(0, 10, (2, 5)))
+
+
 class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -470,7 +615,7 @@ class Reader(nn.Module):
 
     def forward(self, tokens, scale):
         x = self.embed(tokens).unflatten(-1, (3, 2, 2))
-        return {"mean": self.dropout(self.lstm(x)[0][0].mean((2, 3, 4))) * scale}["mean"]
+        return {"mean": self.dropout(self.lstm(x)[0][0].mean((2, 3, 4))) * scale, "steps": x.size(1)}
 
 
 def test_verify_with_an_example_input() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..functional import State
 from ..modules import ConvLSTM2d
 from .layouts import LAYOUTS, LayerWeights, as_tensor, read_layer, write_layer
-from .weights import build, copy_layer, same_padding_strided
+from .weights import build, check_options, copy_layer, same_padding_strided
 
 _ARRAYS = ("kernel", "recurrent_kernel", "bias")
 _MERGE_MODES = {"concat": "concat", "sum": "sum", "ave": "mean", "mul": "product"}
@@ -35,7 +35,7 @@ _DEFAULTS: dict[str, Any] = {
     "stateful": False,
     "dropout": 0.0,
     "recurrent_dropout": 0.0,
-    "merge_mode": None,
+    "merge_mode": "concat",
     "input_size": None,
 }
 
@@ -87,6 +87,11 @@ class KerasConvLSTM2D(nn.Module):
             )
         hx = self._state
         if initial_state is not None:
+            count = 4 if self.lstm.bidirectional else 2
+            if len(initial_state) != count:
+                raise ValueError(
+                    f"initial_state: expected {count} tensors, h and c of each layer, got {len(initial_state)}"
+                )
             states = [self._channels_first(state) for state in initial_state]
             hx = (torch.stack(states[0::2]), torch.stack(states[1::2]))
         output, (h_n, c_n) = self.lstm(x.flip(1) if self.go_backwards else x, hx)
@@ -120,9 +125,9 @@ def from_keras(
         source: a Keras layer that has been built; a list of its weights (kernel, recurrent_kernel, bias, and the same
             of the backward layer); or the path of a ``.keras``, ``.weights.h5`` or ``.h5`` file (needs h5py).
         name: which layer of a file; not needed if it has only one ConvLSTM2D.
-        keras_version: of Keras that made the weights, where ``source`` does not tell; "3" if None. Up to 2.15 the
-            default ``recurrent_activation`` is hard_sigmoid, and it is clip(0.2 x + 0.5), since 3 it is
-            relu6(x + 3) / 6.
+        keras_version: of Keras that made the weights, "2.15" for instance, in place of what ``source`` tells; if
+            neither tells, 3. Up to 2.15 the default ``recurrent_activation`` is hard_sigmoid, and that is
+            clip(0.2 x + 0.5), since 3 it is relu6(x + 3) / 6.
         config: options of the Keras layer under Keras' names (padding, strides, ``merge_mode`` ...) that ``source``
             does not tell, or to be taken instead of those it tells; and ``input_size``, the height and width of the
             frames, needed for ``padding="same"`` with strides where ``source`` does not tell. Keras' defaults hold for
@@ -134,13 +139,18 @@ def from_keras(
     Raises:
         ValueError: no or more than one layer fits, or it does something that ConvLSTM2d does not: an activation other
             than tanh, dropout (one mask a gate in Keras; pass ``dropout=0.0, recurrent_dropout=0.0`` to have the layer
-            as it is at inference).
+            as it is at inference), a ``backward_layer`` with options of its own.
+        ImportError: ``source`` is a file, and h5py is missing.
     """
+    if name is not None and not isinstance(source, (str, Path)):
+        raise ValueError(f"name: expected None where source is no file, got {name!r}")
     arrays, found, version = _read(source, name)
     unknown = set(config) - set(_DEFAULTS)
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]}: no option of ConvLSTM2D that is known here: {', '.join(_DEFAULTS)}")
-    keras2 = (keras_version or version or "3").startswith(("0.", "1.", "2."))
+    keras2 = _major(keras_version or version or "3") < 3
+    if "merge_mode" in config and len(arrays) == 1:
+        raise ValueError("merge_mode: expected none, as there are weights of one direction only")
     settings = _DEFAULTS | {key: value for key, value in found.items() if key in _DEFAULTS} | config
     _check(settings, found, len(arrays))
     gate = _activation_name(settings["recurrent_activation"] or ("hard_sigmoid" if keras2 else "sigmoid"))
@@ -173,7 +183,7 @@ def from_keras(
         gate_activation="hard_sigmoid_keras2" if keras2 and gate == "hard_sigmoid" else gate,
         batch_first=True,
         bidirectional=len(layers) == 2,
-        merge_mode=_MERGE_MODES[settings["merge_mode"]] if len(layers) == 2 else "concat",
+        merge_mode=_MERGE_MODES[settings["merge_mode"]],
         device=weight_ih.device,
         dtype=weight_ih.dtype,
     )
@@ -184,18 +194,34 @@ def from_keras(
 
 
 def to_keras(module: KerasConvLSTM2D | ConvLSTM2d) -> list[np.ndarray[Any, Any]]:
-    """The weights in the order of Keras' ``layer.set_weights``: kernel, recurrent_kernel, bias, and the same of the
-    backward layer."""
+    """The weights for Keras' ``layer.set_weights``, of a layer that has been built with the same options.
+
+    Returns:
+        kernel (kh, kw, Cin, 4 * C), recurrent_kernel (rh, rw, C, 4 * C), bias (4 * C,) if there is one; gate order
+        i, f, c, o. The same of the backward layer behind them.
+
+    Raises:
+        ValueError: Keras' ConvLSTM2D cannot compute what ``module`` computes: it has one layer, and no peepholes,
+            groups or recurrent dilation.
+    """
     lstm = module.lstm if isinstance(module, KerasConvLSTM2D) else module
+    if not isinstance(lstm, ConvLSTM2d):
+        raise ValueError(f"module: expected a KerasConvLSTM2D or a ConvLSTM2d, got {type(module).__name__}")
     if lstm.num_layers > 1:
         raise ValueError(f"num_layers: a Keras layer has one, got {lstm.num_layers}")
-    if lstm.convolution.groups != 1 or lstm.convolution.recurrent_dilation != (1, 1):
-        raise ValueError("groups, recurrent_dilation: expected 1, Keras has neither")
+    check_options(lstm, "Keras")
     weights = []
     for suffix in lstm._suffixes():
         arrays = write_layer(LayerWeights(*lstm._layer_parameters(suffix)), LAYOUTS["Keras"])
         weights += [arrays[name].cpu().numpy() for name in _ARRAYS if name in arrays]
     return weights
+
+
+def _major(version: str) -> int:
+    found = re.match(r"\d+", version)
+    if found is None:
+        raise ValueError(f"keras_version: expected one such as '2.15.0', got {version!r}")
+    return int(found[0])
 
 
 def _check(settings: dict[str, Any], found: dict[str, Any], directions: int) -> None:
@@ -218,6 +244,13 @@ def _check(settings: dict[str, Any], found: dict[str, Any], directions: int) -> 
         raise ValueError("time_major: expected False")
     if directions == 1:
         return
+    backward = found.get("backward_layer", found)
+    for key in _DEFAULTS.keys() - {"go_backwards", "merge_mode", "input_size"}:
+        if backward.get(key) != found.get(key):
+            raise ValueError(
+                f"backward_layer: expected the options of the forward layer, {key} {found.get(key)!r}, "
+                f"got {backward.get(key)!r}"
+            )
     if settings["merge_mode"] not in _MERGE_MODES:
         raise ValueError(f"merge_mode: expected one of {tuple(_MERGE_MODES)}, got {settings['merge_mode']!r}")
     for key in ("go_backwards", "stateful"):
@@ -230,7 +263,7 @@ def _check(settings: dict[str, Any], found: dict[str, Any], directions: int) -> 
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(int(v) for v in value)
+    values = tuple(int(v) for v in value) if isinstance(value, Sequence) else (int(value), int(value))
     if len(values) != 2:
         raise ValueError(f"{name}: expected a number or two, got {value!r}")
     return values[0], values[1]
@@ -295,6 +328,8 @@ def _layer_config(entry: dict[str, Any]) -> dict[str, Any] | None:
         if settings is None:
             return None
         settings |= {"name": config.get("name"), "merge_mode": config.get("merge_mode")}
+        if isinstance(config.get("backward_layer"), dict):  # Keras 3 always tells it, Keras 2 if it was given
+            settings["backward_layer"] = _layer_config(config["backward_layer"]) or {}
     elif entry.get("class_name") == "ConvLSTM2D":
         settings = dict(config)
     else:

@@ -53,6 +53,8 @@ class Layout:
     peephole: str | None = None  # one array a gate i, f, o: (C, ...), or one of (3 * C, ...) for all without {gate}
     peephole_axes: str = "c"  # "c": (C,) or (C, Ho, Wo); "1c": the same with an axis of one in front
     refused: Mapping[str, str] = field(default_factory=dict)  # name -> why weights with such an array do not convert
+    gate_activations: tuple[str, ...] = ("sigmoid",)  # that the library has
+    recurrent_dilation: str = "none"  # "none", "own": an option of its own, "shared": that of the input convolution
 
     def name(self, template: str, layer: int = 0, direction: str = "", gate: str = "") -> str:
         return template.format(layer=layer, direction=direction, gate=gate)
@@ -90,6 +92,7 @@ LAYOUTS: dict[str, Layout] = {
         kernels=("weight_ih_l{layer}{direction}", "weight_hh_l{layer}{direction}"),
         biases=("bias_ih_l{layer}{direction}", "bias_hh_l{layer}{direction}"),
         refused={"weight_pi_l{layer}{direction}": "its peepholes are convolutions, not products"},
+        recurrent_dilation="shared",
     ),
     "aserdega": Layout(
         "ifog",
@@ -97,7 +100,13 @@ LAYOUTS: dict[str, Layout] = {
         biases=(_CELL_LIST + "conv.bias",),
         peephole=_CELL_LIST + "Wc{gate}",
     ),
-    "Keras": Layout("ifco", axes="hwio", kernels=("kernel", "recurrent_kernel"), biases=("bias",)),
+    "Keras": Layout(
+        "ifco",
+        axes="hwio",
+        kernels=("kernel", "recurrent_kernel"),
+        biases=("bias",),
+        gate_activations=("sigmoid", "hard_sigmoid", "hard_sigmoid_keras2"),
+    ),
     "TensorFlow": Layout("igfo", axes="hwio", kernels=("kernel",), biases=("biases",), forget_offset=1.0),
     "Flax": Layout(
         "igfo",
@@ -107,7 +116,9 @@ LAYOUTS: dict[str, Layout] = {
         forget_offset=1.0,
     ),
     "Sonnet": Layout("ifgo", axes="hwio", kernels=("input_to_hidden.w", "hidden_to_hidden.w"), biases=("b",)),
-    "MXNet": Layout("ifco", kernels=("i2h_weight", "h2h_weight"), biases=("i2h_bias", "h2h_bias")),
+    "MXNet": Layout(
+        "ifco", kernels=("i2h_weight", "h2h_weight"), biases=("i2h_bias", "h2h_bias"), recurrent_dilation="own"
+    ),
 }
 
 # Libraries whose cell is no ConvLSTM of this package, whatever the weights.
@@ -162,12 +173,24 @@ def as_tensors(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A tensor, NumPy or JAX array, TensorFlow variable or MXNet array as a tensor without history."""
+    """A tensor, NumPy or JAX array, TensorFlow variable or MXNet array as a tensor without history.
+
+    A tensor shares memory with what it is made of, anything else does not.
+    """
     if isinstance(value, Tensor):
         return value.detach()
     if hasattr(value, "asnumpy"):  # MXNet
         value = value.asnumpy()
-    return torch.from_numpy(np.array(value))
+    array = np.asarray(value).copy()
+    if array.dtype.name == "bfloat16":  # of JAX and TensorFlow; NumPy has none
+        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    return torch.from_numpy(array)
+
+
+def missing_array(name: str, arrays: Mapping[str, Tensor]) -> ValueError:
+    names = [repr(one) for one in arrays]
+    text = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ValueError(f"arrays: expected one named {name!r}, got {text or 'none with this prefix'}")
 
 
 def read_layer(arrays: Mapping[str, Tensor], layout: Layout, layer: int = 0, direction: str = "") -> LayerWeights:
@@ -184,7 +207,7 @@ def read_layer(arrays: Mapping[str, Tensor], layout: Layout, layer: int = 0, dir
     def get(template: str, gate: str = "") -> Tensor:
         name = layout.name(template, layer, direction, gate)
         if name not in arrays:
-            raise ValueError(f"arrays: expected one named {name!r}, got {', '.join(map(repr, arrays))}")
+            raise missing_array(name, arrays)
         return arrays[name]
 
     def blocks(template: str) -> list[Tensor]:

@@ -17,6 +17,7 @@ from .layouts import (
     LayerWeights,
     Layout,
     as_tensors,
+    missing_array,
     read_layer,
     read_pooled,
     write_layer,
@@ -62,7 +63,7 @@ def from_weights(
     settings: dict[str, Any] = {
         "num_layers": len(layers) // len(directions),
         "recurrent_kernel_size": tuple(first.weight_hh.shape[2:]),
-        "recurrent_dilation": 1,
+        "recurrent_dilation": None if table.recurrent_dilation == "shared" else 1,
         "bias": first.bias is not None,
         "peephole": first.peephole_kind,
         "bidirectional": len(directions) == 2,
@@ -101,14 +102,31 @@ def to_weights(module: ConvLSTM2d | PooledGateConvLSTM2d, layout: str, *, prefix
         raise ValueError(f"num_layers: layout {layout!r} has one layer, got {module.num_layers}")
     if module.bidirectional and "{direction}" not in table.kernels[0]:
         raise ValueError(f"bidirectional: layout {layout!r} has one direction")
-    if module.convolution.groups != 1:
-        raise ValueError(f"groups: layout {layout!r} has no groups of this kind, got {module.convolution.groups}")
+    if module.bidirectional and module.merge_mode != "concat":
+        raise ValueError(f"merge_mode: layout {layout!r} has 'concat' only, got {module.merge_mode!r}")
+    check_options(module, layout)
     arrays: dict[str, Tensor] = {}
     for suffix in module._suffixes():
         layer, _, reverse = suffix[2:].partition("_")
         weights = LayerWeights(*module._layer_parameters(suffix))
         arrays |= write_layer(weights, table, int(layer), f"_{reverse}" if reverse else "")
     return {prefix + name: value for name, value in arrays.items()}
+
+
+def check_options(module: ConvLSTM2d, layout: str) -> None:
+    """Raises ValueError if a library has no cell with the options of ``module``, whatever the weights."""
+    table, convolution = LAYOUTS[layout], module.convolution
+    if convolution.groups != 1:
+        raise ValueError(f"groups: layout {layout!r} has no groups of this kind, got {convolution.groups}")
+    if convolution.gate_activation not in table.gate_activations:
+        choices = " or ".join(map(repr, table.gate_activations))
+        raise ValueError(f"gate_activation: layout {layout!r} has {choices}, got {convolution.gate_activation!r}")
+    possible = {"none": (1, 1), "own": convolution.recurrent_dilation, "shared": convolution.dilation}
+    if convolution.recurrent_dilation != possible[table.recurrent_dilation]:
+        raise ValueError(
+            f"recurrent_dilation: layout {layout!r} has {possible[table.recurrent_dilation]}, "
+            f"got {convolution.recurrent_dilation}"
+        )
 
 
 def build(kind: Any, *arguments: Any, **options: Any) -> Any:
@@ -152,7 +170,7 @@ def _pooled_from(tensors: Mapping[str, Tensor], layout: str, options: dict[str, 
     weights: dict[str, Tensor | None] = {}
     for name, (stored, kind) in POOLED_LAYOUTS[layout].items():
         if stored not in tensors and "bias" not in name:
-            raise ValueError(f"arrays: expected one named {stored!r}, got {', '.join(map(repr, tensors))}")
+            raise missing_array(stored, tensors)
         weights[name] = read_pooled(tensors[stored], kind) if stored in tensors else None
     if weights["bias"] is None:
         weights["gate_bias"] = None  # without use_bias the authors' code makes one, but does not add it

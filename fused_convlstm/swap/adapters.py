@@ -68,11 +68,11 @@ class SwappedLayer(nn.Module):
         self.layers = nn.ModuleList([self._make_layer(directions, tensors) for directions in plans])
         self._read(tensors)
         for layer, suffix, plan in self._cells():
-            trained = [tensors[name].requires_grad for name in _stored_names(plan.layout) if name in tensors]
+            trained = _trained(plan.layout, tensors)
             for name in PARAMETERS:
                 parameter = getattr(layer, name + suffix)
                 if parameter is not None:
-                    parameter.requires_grad_(all(trained))
+                    parameter.requires_grad_(True in trained[name])
         self.train(original.training)
 
     @classmethod
@@ -104,6 +104,14 @@ class SwappedLayer(nn.Module):
                 for name, value in write_layer(weights, _with_present_biases(plan.layout, tensors)).items():
                     tensors[name].copy_(value)
         return self.original.train(self.training)
+
+    def frozen_in_part(self) -> str | None:
+        """Why training would not go on as before: a parameter is made of frozen weights and of others."""
+        tensors = named_tensors(self.original)
+        for _, _, plan in self._cells():
+            if any(len(trained) > 1 for trained in _trained(plan.layout, tensors).values()):
+                return "some of its weights are frozen and others not, that are one parameter in a fused layer"
+        return None
 
     def frame_size(self) -> tuple[int, int] | None:
         """The only size of frames that the replaced module takes; None if it takes any."""
@@ -176,6 +184,12 @@ class SwappedLayer(nn.Module):
             tensors = named_tensors(self.original)
             for name, value in given.items():
                 del state_dict[prefix + name]
+                if value.shape != tensors[name].shape:
+                    args[-1].append(  # the errors that load_state_dict collects
+                        f"size mismatch for {prefix}{name}: expected {tuple(tensors[name].shape)}, "
+                        f"got {tuple(value.shape)} from the checkpoint"
+                    )
+                    continue
                 with torch.no_grad():
                     tensors[name].copy_(value)  # also what no fused layer needs: unswap gives it back
             for k, (layer, directions) in enumerate(zip(self.layers, self._plans, strict=True)):
@@ -213,10 +227,20 @@ def _state(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return h.to(x.dtype), c.to(state_dtype(x.dtype))
 
 
-def _stored_names(layout: Layout) -> list[str]:
-    """The names of all arrays of a layout of one cell."""
-    templates = [*layout.kernels, *layout.biases, *([layout.peephole] if layout.peephole else [])]
-    return list(dict.fromkeys(template.format(gate=gate) for template in templates for gate in layout.gates))
+def _trained(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set[bool]]:
+    """For each parameter of a fused cell, whether the weights that it is made of are trained: more than one answer if
+    that differs from gate to gate. One trained bias of two that are added learns what both would."""
+    templates = {
+        "weight_ih": layout.kernels[:1],
+        "weight_hh": layout.kernels[-1:],
+        "bias": layout.biases,
+        "peephole": (layout.peephole,) if layout.peephole else (),
+    }
+    trained: dict[str, set[bool]] = {}
+    for parameter, stored in templates.items():
+        by_gate = [[name for one in stored if (name := one.format(gate=gate)) in tensors] for gate in layout.gates]
+        trained[parameter] = {any(tensors[name].requires_grad for name in names) for names in by_gate if names}
+    return trained
 
 
 def _with_present_biases(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
@@ -654,8 +678,20 @@ class _SpikingState:
         self._buffers = dict(original._buffers)
         self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
         self._parameters = dict(original._parameters)
-        if self not in (instances := getattr(type(original), "instances", [self])):
-            instances.append(self)  # where the library looks for states to reset
+        instances = getattr(type(original), "instances", [])  # where the library looks for states to reset
+        if any(one is original for one in instances):  # which copies made to be tried out are not
+            instances.append(self)
+
+    def restore(self) -> nn.Module:
+        """The neuron that this one replaces, with the present weights, settings and state."""
+        module: nn.Module = super().restore()  # type: ignore[misc]
+        for before, now in (
+            (module._buffers, self._buffers),
+            (module._parameters, self._parameters),
+            (vars(module), vars(self)),
+        ):
+            before |= {k: now[k] for k in before if k in now and k[0] != "_" and not isinstance(now[k], MethodType)}
+        return module
 
     def _base_state_function(self, input_: Tensor) -> tuple[Tensor, Tensor]:
         state = _state(input_, self.mem, self.syn)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.call import same_padding
 from ..convert.layouts import LayerWeights, Layout, read_layer
 from ..reference import GATE_ACTIVATIONS, convolution
-from .structure import Gates, named_tensors
+from .structure import Gates, is_weight, named_tensors
 
 # Far above rounding, far below what another order of the gates makes with the probe's weights. (PyTorch's backward of
 # hardsigmoid has a sixth in single precision even for float64.)
@@ -66,6 +66,8 @@ class ProbeError(RuntimeError):
 @torch.no_grad()
 def probe_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of ``module`` in ``dtype`` and evaluation mode with random weights, all of which show in its outputs."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ProbeError("its weights are on the meta device, where it cannot be tried out")
     memo: dict[int, Any] = {}
     for child in module.modules():
         # A state kept from the last call has a history, which cannot be copied.
@@ -82,7 +84,7 @@ def probe_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(value, Tensor) and value.dtype.is_floating_point:
                 setattr(child, name, value.to(dtype).requires_grad_(value.requires_grad))
     for name, value in named_tensors(probe).items():
-        if value.requires_grad and value.dtype.is_floating_point:
+        if is_weight(value) and value.dtype.is_floating_point:
             scale = 1.5 * max(value[0].numel(), 1) ** -0.5 if value.dim() == 4 and "weight" in name else 0.7
             value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.float64) * scale)
     return probe

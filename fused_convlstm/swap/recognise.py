@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from ..convert.layouts import Layout
 from ..modules import ConvLSTM2d, ConvLSTM2dCell, PooledGateConvLSTM2d, PooledGateConvLSTM2dCell
@@ -21,6 +20,7 @@ from . import adapters
 from .adapters import Call, CellPlan, LstmLike, OneCell, StackAdapter, SwappedLayer
 from .probe import TOLERANCE, Maths, ProbeError, first_line, identify, probe_copy, random_frames, replace_norms
 from .structure import Gates, find_gates, frame_size, named_tensors, with_prefix
+from .values import map_tensors, same_structure, tensors_in
 
 STACKS: tuple[type[StackAdapter], ...] = (
     adapters.CellListStack,
@@ -44,7 +44,7 @@ def recognise(module: nn.Module) -> SwappedLayer | str | None:
 
     ``module`` itself is not changed.
     """
-    if isinstance(module, _OURS) or not hasattr(type(module), "forward"):
+    if is_fused(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     named = "lstm" in type(module).__name__.lower()
     try:
@@ -63,6 +63,11 @@ def recognise(module: nn.Module) -> SwappedLayer | str | None:
         return str(reason) if named or reason.like_an_lstm else None
     except ProbeError as reason:
         return str(reason) if named else None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of this package, or stands for one."""
+    return isinstance(module, _OURS)
 
 
 class NotRecognisedError(ProbeError):
@@ -304,7 +309,7 @@ def _equal(module: nn.Module, adapter: nn.Module, calls: Sequence[Call]) -> bool
 
 def run(module: nn.Module, call: Call) -> tuple[Any, list[Tensor]]:
     """The results of a call, and the gradients of a weighted sum of them with respect to the arguments."""
-    arguments = [_with_gradient(argument) for argument in call.args]
+    arguments = [map_tensors(_with_gradient, argument) for argument in call.args]
     with torch.enable_grad():
         results = module(*arguments)
         outputs = [tensor for tensor in tensors_in(results) if tensor.requires_grad]
@@ -317,37 +322,12 @@ def run(module: nn.Module, call: Call) -> tuple[Any, list[Tensor]]:
 
 
 def largest_error(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference in terms of the largest magnitude, or of one if that is smaller."""
+    """Largest difference in terms of the largest magnitude; as it is, if everything expected is zero."""
     if expected.numel() == 0:
         return 0.0
-    difference = (expected.detach() - actual.detach()).abs().max()
-    return float(difference / expected.detach().abs().max().clamp(min=1.0))
+    difference = float((expected.detach() - actual.detach()).abs().max())
+    return difference / (float(expected.detach().abs().max()) or 1.0)
 
 
-def same_structure(expected: Any, actual: Any) -> bool:
-    if isinstance(expected, Tensor):
-        return isinstance(actual, Tensor) and (expected.shape, expected.dtype) == (actual.shape, actual.dtype)
-    if type(expected) is not type(actual):
-        return False
-    if isinstance(expected, (list, tuple)):
-        return len(expected) == len(actual) and all(map(same_structure, expected, actual))
-    return bool(expected == actual)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors in nested lists and tuples."""
-    if isinstance(value, Tensor):
-        return [value] if value.dtype.is_floating_point else []
-    if isinstance(value, (list, tuple)):
-        return [tensor for one in value for tensor in tensors_in(one)]
-    return []
-
-
-def _with_gradient(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.dtype.is_floating_point)
-    if isinstance(value, PackedSequence):
-        return value._replace(data=value.data.detach().clone().requires_grad_())
-    if isinstance(value, (list, tuple)):
-        return type(value)([_with_gradient(one) for one in value])
-    return value
+def _with_gradient(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.dtype.is_floating_point)

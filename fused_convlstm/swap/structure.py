@@ -58,6 +58,10 @@ class Gates:
         for conv in (self.input_conv, self.recurrent_conv):
             if conv.groups != 1:
                 return f"its convolution has {conv.groups} groups over all gates together"
+            if "weight" not in conv._parameters:
+                return (
+                    "its convolution's weight is computed from others (weight_norm, pruning or the like): remove that"
+                )
         recurrent = self.recurrent_conv
         if _two(recurrent.stride) != (1, 1) or _padding(recurrent) != same_padding(
             _two(recurrent.kernel_size), _two(recurrent.dilation)
@@ -72,6 +76,16 @@ def find_gates(module: nn.Module) -> Gates | None:
     """The gate convolutions among the direct children of ``module``; None if it has none."""
     convs = dict(_convolutions(module))
     return _eight(module, convs) or _two_kernels(module, convs) or _one_kernel(module, convs)
+
+
+def convolution_count(module: nn.Module) -> int:
+    """How many convolutions, of any kind, ``module`` has anywhere in it."""
+    return sum(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules())
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is trained, or was before it was frozen: a parameter, or a plain tensor with a gradient."""
+    return isinstance(tensor, nn.Parameter) or tensor.requires_grad
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -214,10 +228,9 @@ def _eight(module: nn.Module, convs: Mapping[str, _Named]) -> Gates | None:
 def _peephole(module: nn.Module, channels: int) -> tuple[dict[str, Any], tuple[int, int] | None] | None:
     """How the peepholes of ``module`` are stored and for which size of the state; None if it has none.
 
-    Tensors that are no parameters and not trained either are none: they are the zeros of a module that has given up on
-    them.
+    Tensors that are no weights are none: they are the zeros of a module that has given up on them.
     """
-    direct = {name: value for name, value in named_tensors(module).items() if "." not in name and value.requires_grad}
+    direct = {name: value for name, value in named_tensors(module).items() if "." not in name and is_weight(value)}
     stems: dict[str, set[str]] = {}
     for name in direct:
         match = _PEEPHOLE.match(name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Call, SwappedLayer
-from .recognise import call_arguments, largest_error, recognise, run, same_structure, tensors_in
+from .recognise import call_arguments, is_fused, largest_error, recognise, run
+from .structure import convolution_count
+from .values import map_tensors, same_structure, tensors_in
 
 # Largest relative error that rounding may make between two orders of summation; anything more is a defect.
 _LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -40,7 +43,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Verification:
-    """Both forms of the model, run on the same input. Errors are relative to the largest magnitude."""
+    """Both forms of the model, run on the same input, in evaluation mode.
+
+    Errors are the largest difference in a tensor relative to the largest magnitude in it.
+    """
 
     input: str
     output_error: float
@@ -96,12 +102,18 @@ def swap(model: nn.Module, verify: bool = False, dry_run: bool = False, example_
         a report that can be printed.
 
     Raises:
-        RuntimeError: ``verify`` found a difference beyond rounding; the model is then as it was.
+        ValueError: ``model`` is no module, ``verify`` or ``example_input`` are given where nothing is to be verified,
+            or ``example_input`` gives no floating-point results.
+        RuntimeError: ``verify`` found a difference beyond rounding.
+
+    The model is as it was after any error, also one that it raises itself on ``example_input``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a Module, got {type(model).__name__}")
     if verify and dry_run:
         raise ValueError("verify: expected False with dry_run=True, which replaces nothing")
+    if example_input is not None and not verify:
+        raise ValueError("example_input: expected None without verify=True, which is what it is for")
     adapters: dict[nn.Module, SwappedLayer] = {}
     replaced: list[Replaced] = []
     kept: list[Kept] = []
@@ -140,7 +152,7 @@ def _walk(
         return
     found = recognise(module)
     if isinstance(found, SwappedLayer):
-        reason = _obstacle(module, owners)
+        reason = found.frozen_in_part() or _obstacle(module, name, owners)
         if reason is None:
             adapters[module] = found
             replaced.append(Replaced(name, type(module).__name__, found.describe()))
@@ -148,9 +160,13 @@ def _walk(
         found = reason
     if found is not None:
         kept.append(Kept(name, type(module).__name__, found))
-    if not isinstance(module, SwappedLayer):
-        for child_name, child in module.named_children():
-            _walk(child, f"{name}.{child_name}" if name else child_name, owners, adapters, replaced, kept)
+    if isinstance(module, SwappedLayer):
+        return
+    known = len(replaced) + len(kept)
+    for child_name, child in module.named_children():
+        _walk(child, f"{name}.{child_name}" if name else child_name, owners, adapters, replaced, kept)
+    if known == len(replaced) + len(kept) and found is None and _is_called_a_conv_lstm(module):
+        kept.append(Kept(name, type(module).__name__, "its convolutions are in no arrangement that is known here"))
 
 
 @contextmanager
@@ -173,8 +189,16 @@ def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
-def _obstacle(module: nn.Module, owners: dict[int, set[nn.Module]]) -> str | None:
+def _is_called_a_conv_lstm(module: nn.Module) -> bool:
+    """Whether a module with convolutions has such a name, so that its user expects to read of it."""
+    name = type(module).__name__.lower().replace("_", "")
+    return re.search(r"conv(\dd)?lstm", name) is not None and not is_fused(module) and convolution_count(module) > 0
+
+
+def _obstacle(module: nn.Module, name: str, owners: dict[int, set[nn.Module]]) -> str | None:
     """Why ``module`` must stay although a fused layer computes the same."""
+    if name.rpartition(".")[2] == "_orig_mod":
+        return "torch.compile has compiled it by itself: swap first, then compile"
     inside = set(module.modules())
     for child in inside:
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
@@ -211,53 +235,92 @@ class _Measured:
 
 
 def _verify(swapped: nn.Module, adapters: dict[nn.Module, SwappedLayer], example_input: Any) -> Verification:
-    """Raises RuntimeError, and puts the replaced modules back, if the results differ beyond rounding."""
-    training = swapped.training
-    swapped.eval()
-    originals = {adapter: module.eval() for module, adapter in adapters.items()}
-    if example_input is None:
-        jobs = []
-        for adapter, module in originals.items():
-            size = adapter.frame_size() or _VERIFY_SIZE
-            calls = call_arguments(adapter, module, size, _VERIFY_STEPS, _VERIFY_BATCH)
-            jobs.append((module, adapter, calls[0]))
-        before = _measure([(module, call) for module, _, call in jobs])
-        after = _measure([(adapter, call) for _, adapter, call in jobs])
-        shapes = [" and ".join(str(tuple(x.shape)) for x in tensors_in(call.args)[:1]) for _, _, call in jobs]
-        text = f"random frames {', '.join(dict.fromkeys(shapes))}"
-    else:
-        call = Call(example_input if isinstance(example_input, tuple) else (example_input,))
-        model = _exchange(swapped, originals)
-        before = _measure([(model, call)])
-        swapped = _exchange(model, adapters)
-        after = _measure([(swapped, call)])
-        text = "the example input"
-    swapped.train(training)
-    for module in adapters:
-        module.train(training)
-    if not same_structure(before.results, after.results):
+    """Runs both forms. Puts the replaced modules back if that raises, or the results differ beyond rounding."""
+    originals: dict[nn.Module, nn.Module] = {adapter: module for module, adapter in adapters.items()}
+    try:
+        with _evaluation([swapped, *adapters]):
+            if example_input is None:
+                jobs = []
+                for module, adapter in adapters.items():
+                    size = adapter.frame_size() or _VERIFY_SIZE
+                    calls = call_arguments(adapter, module, size, _VERIFY_STEPS, _VERIFY_BATCH)
+                    jobs.append((module, adapter, calls[0]))
+                before = _measure([(module, call) for module, _, call in jobs])
+                after = _measure([(adapter, call) for _, adapter, call in jobs])
+                shapes = dict.fromkeys(str(tuple(tensors_in(call.args)[0].shape)) for _, _, call in jobs)
+                text = f"random frames {', '.join(shapes)}"
+            else:
+                call = Call(example_input if isinstance(example_input, tuple) else (example_input,))
+                model = _exchange(swapped, originals)
+                before = _measure([(model, call)])
+                swapped = _exchange(model, adapters)
+                after = _measure([(swapped, call)])
+                text = "the example input"
+        return _compare(text, before, after)
+    except BaseException:
         _exchange(swapped, originals)
+        raise
+
+
+def _compare(text: str, before: _Measured, after: _Measured) -> Verification:
+    """Raises RuntimeError if results or gradients differ beyond rounding. ``text`` says what they are results of."""
+    if not same_structure(before.results, after.results):
         raise RuntimeError("swap: the results differ in type or shape; the model is as it was")
     outputs = list(zip(tensors_in(before.results), tensors_in(after.results), strict=True))
+    if not outputs:
+        raise ValueError("example_input: expected one for which the model returns floating-point tensors")
     gradients = list(zip(before.gradients, after.gradients, strict=True))
     verification = Verification(
         text,
-        max((largest_error(*pair) for pair in outputs), default=0.0),
+        max(largest_error(*pair) for pair in outputs),
         max((largest_error(*pair) for pair in gradients), default=0.0),
         (before.forward_seconds, after.forward_seconds),
         (before.training_seconds, after.training_seconds),
     )
-    limit = max((_LIMIT[x.dtype] for x, _ in outputs), default=0.0)
+    limit = max(_LIMIT[x.dtype] for x, _ in outputs)
     if not max(verification.output_error, verification.gradient_error) <= limit:
-        _exchange(swapped, originals)
         raise RuntimeError(f"swap: the results differ by more than {limit:g}, the model is as it was; {verification}")
     return verification
+
+
+@contextmanager
+def _evaluation(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for module, _ in modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _state_kept(root: nn.Module) -> Iterator[None]:
+    """What ``root`` keeps in attributes and buffers from one call to the next has no history, and is put back."""
+    members = ("_parameters", "_buffers", "_modules")
+    places = [place for module in root.modules() for place in (vars(module), module._buffers)]
+    saved = [dict(place) for place in places]
+    for place in places:
+        place |= {k: map_tensors(_without_history, value) for k, value in place.items() if k not in members}
+    try:
+        yield
+    finally:
+        for place, before in zip(places, saved, strict=True):
+            place.clear()
+            place |= before
+
+
+def _without_history(x: Tensor) -> Tensor:
+    return x if x.is_leaf else x.detach()
 
 
 def _measure(jobs: Sequence[tuple[nn.Module, Call]]) -> _Measured:
     results, gradients, forward, training = [], [], 0.0, 0.0
     for module, call in jobs:
-        one, grads = run(module, call)
+        with _state_kept(module):
+            one, grads = run(module, call)
         results.append(one)
         gradients += grads
         forward += _seconds(_forward, module, call)
@@ -283,11 +346,12 @@ def _seconds(
     """Median time of ``function``."""
     times: list[float] = []
     while len(times) < runs and (not times or sum(times) < budget):
-        _synchronize()
-        start = time.perf_counter()
-        function(module, call)
-        _synchronize()
-        times.append(time.perf_counter() - start)
+        with _state_kept(module):
+            _synchronize()
+            start = time.perf_counter()
+            function(module, call)
+            _synchronize()
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
