@@ -50,15 +50,18 @@ benchmark: $(VENV)/installed
 	$(BIN)/pytest benchmarks/ --benchmark
 
 # Converters and swap against the real libraries, in an environment of its own; the result goes to docs/interop.md.
-# torchgeo and snnTorch alone: what they depend on besides is not needed for their ConvLSTMs.
+# PyTorch comes first, so that nothing else decides which build of it; torchgeo and snnTorch come alone, as what they
+# depend on besides is not needed for their ConvLSTMs.
 INTEROP ?= .venv-interop
 test-interop:
 	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/pip install --quiet "$(TORCH)" numpy pytest h5py keras jax flax
+	$(INTEROP)/bin/pip install --quiet "$(TORCH)"
+	$(INTEROP)/bin/pip install --quiet numpy pytest h5py keras jax flax
 	$(INTEROP)/bin/pip install --quiet --no-deps torchgeo snntorch
 	$(INTEROP)/bin/pip install --quiet tensorflow-cpu dm-tree tabulate
 	$(INTEROP)/bin/pip install --quiet --no-deps tf_keras dm-sonnet
-	PYTHONPATH=. $(INTEROP)/bin/python -m pytest interop -p no:cacheprovider --report docs/interop.md
+	$(INTEROP)/bin/pip install --quiet .
+	$(INTEROP)/bin/pytest interop -p no:cacheprovider --report docs/interop.md
 
 # The GPU suite and the benchmark on the GPU at hand, under 8 minutes; without one it says so.
 gpu-report: $(VENV)/installed

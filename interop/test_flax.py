@@ -112,6 +112,17 @@ def test_lengths_and_direction(compare, reverse: bool) -> None:
     compare("last state, lengths", c.detach(), to_torch(c_n[:, None])[0])
 
 
+def test_bfloat16_weights_are_read() -> None:
+    cell = nn.ConvLSTMCell(F, (3, 3), param_dtype="bfloat16")
+    carry = cell.initialize_carry(jax.random.key(0), (B, *SIZE, CIN))
+    arrays = cell.init(jax.random.key(0), carry, jnp.zeros((B, *SIZE, CIN)))["params"]
+    fused = from_weights(arrays, "Flax")
+    assert fused.weight_ih_l0.dtype == torch.bfloat16
+    kernel = torch.tensor(np.asarray(arrays["ih"]["kernel"], dtype="float32")).permute(3, 2, 0, 1)
+    i, g, f, o = kernel.bfloat16().chunk(4)
+    assert torch.equal(fused.weight_ih_l0, torch.cat([i, f, g, o]))
+
+
 def test_weights_go_back(compare) -> None:
     cell = nn.ConvLSTMCell(F, (3, 3), dtype="float64", param_dtype="float64")
     rnn = nn.RNN(cell)

@@ -70,20 +70,25 @@ def test_torchgeo(compare, batch_first: bool, all_layers: bool, bias: bool, stat
 
 @pytest.mark.parametrize("reset", ["none", "subtract", "zero"])
 @pytest.mark.parametrize("hidden", [True, False])
-@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": 2}], ids=str)
-def test_snntorch(compare, reset: str, hidden: bool, pool: dict) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_pool": 2}, {"avg_pool": 2}, {"bias": False}, {"learn_threshold": True, "kernel_size": (3, 5)}],
+    ids=str,
+)
+def test_snntorch(compare, reset: str, hidden: bool, options: dict) -> None:
     snntorch = pytest.importorskip("snntorch")
     reset_states = pytest.importorskip("snntorch.utils").reset
     torch.manual_seed(0)
 
     def net() -> nn.Module:
-        neuron = snntorch.SConv2dLSTM(CIN, 4, 3, threshold=0.1, reset_mechanism=reset, init_hidden=hidden, **pool)
-        return nn.Sequential(neuron).double()
+        settings = {"kernel_size": 3, "threshold": 0.1, "reset_mechanism": reset, "init_hidden": hidden} | options
+        return nn.Sequential(snntorch.SConv2dLSTM(CIN, 4, **settings)).double()
 
     module = net()
     model = net()
     model.load_state_dict(module.state_dict())
-    assert len(swap(model).replaced) == 1
+    report = swap(model, verify=True)
+    assert len(report.replaced) == 1, str(report)
     x = torch.randn(T, B, CIN, *SIZE, dtype=torch.float64)
     for _ in range(2):
         for one in (module, model):
@@ -93,7 +98,12 @@ def test_snntorch(compare, reset: str, hidden: bool, pool: dict) -> None:
             leaf = x.clone().requires_grad_()
             states = [one[0](frame) for frame in leaf]
             tensors = list(states) if hidden else [tensor for state in states for tensor in state]
-            results.append((tensors, grads_of(tensors, [leaf])))
+            results.append((tensors, grads_of(tensors, [leaf, *one.parameters()])))
         for a, e in zip(results[1][0], results[0][0], strict=True):
             compare("spikes and states", a.detach(), e.detach())
         compare("gradient of the input", results[1][1][0], results[0][1][0])
+    with torch.no_grad():
+        for parameter, grad in zip(model.parameters(), results[1][1][1:], strict=True):
+            parameter.copy_(grad)
+    for a, e in zip(unswap(model).parameters(), results[0][1][1:], strict=True):
+        compare("gradients of the weights", a.detach(), e)
