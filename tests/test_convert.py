@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -262,6 +263,29 @@ def test_every_array_library_is_read() -> None:
     for first, second, third in zip(a.parameters(), b.parameters(), c.parameters(), strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first.double(), third.double())
+
+
+def test_documented_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of docs/swap.md, beside the files and objects that it speaks of."""
+    monkeypatch.chdir(tmp_path)
+    keras_layer = convert_twins.ConvLSTM2D(keras_weights(), padding="same", return_sequences=True)
+    keras_layer.set_weights = lambda arrays: setattr(keras_layer, "given", arrays)
+    model = nn.ModuleDict({"encoder": swap_twins.Ndrplz(CIN, [C, C], (3, 3), 2)})
+    torch.save(model.state_dict(), "ndrplz.pt")
+    Files(tmp_path).keras("3.5.0").rename("model.keras")
+    names = {
+        "variables": {"params": {"cell": as_numpy(weights_for("Flax", (3, 3)))}},
+        "frames": normal(B, T, *SIZE, CIN),
+        "keras_layer": keras_layer,
+    }
+    text = (Path(__file__).parents[1] / "docs" / "swap.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for code in snippets:
+        exec(compile(code.replace('"conv_lstm2d"', '"first"'), "swap.md", "exec"), names)
+    assert names["outputs"].shape == (B, T, *SIZE, C)
+    assert set(names["arrays"]) == {"ih.kernel", "ih.bias", "hh.kernel", "hh.bias"}
+    assert len(keras_layer.given) == 3
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
