@@ -1,7 +1,7 @@
 """Fused convolutional LSTMs for PyTorch."""
 
 from . import convert, functional
-from .backends import BackendError, use_backend
+from .backends import BackendError, use_backend, use_winograd
 from .explain import Explanation, explain
 from .modules import (
     ALSTM,
@@ -39,4 +39,5 @@ __all__ = [
     "swap",
     "unswap",
     "use_backend",
+    "use_winograd",
 ]

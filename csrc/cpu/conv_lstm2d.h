@@ -27,6 +27,7 @@ struct ConvLSTM2dCall {
   DType dtype; // of all but the cell states, which are float for bfloat16
   Activation activation;
   bool reverse, pixel_peephole;
+  bool winograd; // for float32, both convolutions 3x3, stride 1, dilation 1, one group, padded with zeros
   int threads;
   std::shared_ptr<const Geometry> input_conv, recurrent_conv;
 

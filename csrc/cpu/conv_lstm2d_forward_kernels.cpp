@@ -1,6 +1,7 @@
 // Forward of the ConvLSTM (Courtney & Sreenivas, eq. 1; peepholes: Shi et al. 2015, eq. 3). Per timestep one product
 // over the taps of both convolutions; the cell update follows while the sums are in the cache.
 #include "cell.h"
+#include "winograd.h"
 
 namespace fused_convlstm {
 namespace FC_ISA {
@@ -12,6 +13,7 @@ template <class N, class Io> class Forward {
   using Elem = typename N::Elem;
   using Acc = typename N::Acc;
   static constexpr int L = kLanes<Acc>;
+  static constexpr bool kCanTransform = sizeof(Elem) == 4 && sizeof(Io) == 4;
 
 public:
   explicit Forward(const ConvLSTM2dForward &call)
@@ -23,12 +25,21 @@ public:
     input_rows_.allocate(2 * call.batch * input_conv_.image_rows() * input_conv_.row.size());
     h_rows_.allocate(2 * call.batch * recurrent_conv_.image_rows() * recurrent_conv_.row.size());
     cell_rows_.allocate(call.batch * pixels_ * call.channels);
+    if (call.winograd) {
+      const ConvolutionShape &in = call.input_conv->shape, &hidden = call.recurrent_conv->shape;
+      winograd_.allocate(in.out_height, in.out_width, call.in_channels + call.channels, recurrent_conv_.blocks.count());
+      input_windows_.allocate(in.out_height, in.out_width, in.height, in.width, in.pad_top, in.pad_left);
+      h_windows_.allocate(in.out_height, in.out_width, hidden.height, hidden.width, hidden.pad_top, hidden.pad_left);
+    }
   }
 
   void run() {
     Buffer<ThreadState> states(call_.threads);
-    for (int k = 0; k < call_.threads; ++k)
+    for (int k = 0; k < call_.threads; ++k) {
       new (&states[k]) ThreadState(call_.batch);
+      if (call_.winograd)
+        states[k].winograd.allocate(winograd_);
+    }
     run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
     for (int k = 0; k < call_.threads; ++k)
       states[k].~ThreadState();
@@ -38,6 +49,7 @@ private:
   // Where each sample's state is. Every thread keeps its own copy, so that none waits for another to update it.
   struct ThreadState {
     ProductScratch<N> scratch;
+    typename WinogradProduct<Acc>::Scratch winograd;
     Buffer<const Elem *> h;                  // (B), rows of the current state; null: zeros
     Buffer<const Acc *> c;                   // (B)
     Buffer<int> parity;                      // (B), which half of h_rows_ is written next
@@ -96,6 +108,10 @@ private:
                   pixels_, batch, thread, threads, [&](int64_t b) { return frame_of(call_.c_0, b); });
     pack_input(0, thread, threads);
 #pragma omp barrier
+    if (call_.winograd) {
+      pack_winograd(thread, threads);
+#pragma omp barrier
+    }
     for (int64_t b = 0; b < batch; ++b) {
       state.h[b] = call_.h_0 ? h_slot(b, 0) : nullptr;
       state.c[b] = call_.c_0 ? cell_rows_.get() + b * pixels_ * call_.channels : nullptr;
@@ -136,14 +152,42 @@ private:
       state.parity[b] ^= 1;
       ++count;
     }
+    const Blocks &blocks = recurrent_conv_.blocks;
+    if constexpr (kCanTransform) {
+      if (call_.winograd) {
+        const WinogradInput<Acc> inputs[2] = {
+            {&input_windows_, state.x_images.get(), input_conv_.row.size(), call_.in_channels},
+            {&h_windows_, state.h_images.get(), recurrent_conv_.row.size(), call_.channels}};
+        winograd_.for_pieces(inputs, 2, blocks.count(), count, thread, threads, state.winograd,
+                             [&](int64_t block, int64_t begin, int64_t end) {
+                               winograd_.template run<kVectors>(block, begin, end, state.winograd,
+                                                                [&](Acc *sums, int64_t from, int64_t to) {
+                                                                  update_cells(state, t, block, from, to, sums);
+                                                                });
+                             });
+        return;
+      }
+    }
     const Operand<N> operands[2] = {input_conv_.operand(state.x_images.get()),
                                     recurrent_conv_.operand(state.h_images.get())};
     const bool small = operands[0].whole && operands[1].whole;
-    const Blocks &blocks = recurrent_conv_.blocks;
     for_pieces(blocks.count(), count, pixels_, small, thread, threads, [&](int64_t block, int64_t begin, int64_t end) {
       product<N, kVectors>(operands, 2, block, blocks.group(block), pixels_, begin, end, state.scratch);
-      update_cells(state, t, block, begin, end);
+      update_cells(state, t, block, begin, end, state.scratch.sums.get());
     });
+  }
+
+  // The transformed weights, from those packed for the direct convolutions.
+  void pack_winograd(int thread, int threads) const {
+    if constexpr (kCanTransform) {
+      int64_t first = 0;
+      for (const GateConvolution<N> *conv : {&input_conv_, &recurrent_conv_}) {
+        winograd_.pack(
+            conv->weights.get(), conv->block_stride(), conv->blocks.count(), [](int64_t) { return kVectors; }, first,
+            conv->row.per_group, false, thread, threads);
+        first += conv->row.per_group;
+      }
+    }
   }
 
   // A step past the end of sample b: the state stays, the output is zero.
@@ -164,9 +208,9 @@ private:
                   size_t(pixels_ * 4 * call_.channels) * sizeof(Io));
   }
 
-  // From sums to gates, c and h for a block of channels of the pixels begin .. end.
+  // From sums to gates, c and h for a block of channels of the pixels begin .. end. Overwrites the sums.
   __attribute__((noinline)) void update_cells(const ThreadState &state, int64_t t, int64_t block, int64_t begin,
-                                              int64_t end) {
+                                              int64_t end, Acc *sums_of_pixels) {
     using V = Vec<Acc>;
     const Blocks &blocks = recurrent_conv_.blocks;
     const int64_t channels = call_.channels, group = blocks.group(block), first = blocks.first(block);
@@ -195,7 +239,7 @@ private:
         peephole = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
       Io *out = static_cast<Io *>(call_.output.data) + frame_of(call_.output, t, b) + pixel * pixel_stride +
                 channel * channel_stride;
-      Acc *sums = state.scratch.sums.get() + (k - begin) * 4 * L;
+      Acc *sums = sums_of_pixels + (k - begin) * 4 * L;
       for (int64_t p = 0; p < run; ++p) {
         Acc *z = sums + p * 4 * L;
         V z_i = load(z) + bias[0], z_f = load(z + L) + bias[1];
@@ -245,6 +289,8 @@ private:
   GateConvolution<N> input_conv_, recurrent_conv_;
   CellParameters<Acc> parameters_;
   Row cell_row_;
+  WinogradProduct<Acc> winograd_; // empty unless call_.winograd
+  Windows input_windows_, h_windows_;
   Buffer<Elem> input_rows_; // two frames of all samples: the one that is read and the next
   Buffer<Elem> h_rows_;     // before and after the step
   Buffer<Acc> cell_rows_;   // c_0, then c unless every step's c is saved

@@ -3,6 +3,7 @@
 from . import registry
 from .base import AbsentBackend, Backend
 from .cpu import CpuBackend
+from .cpu.winograd import use_winograd
 from .cuda import CudaBackend
 from .registry import BackendError, use_backend
 
@@ -26,4 +27,4 @@ registry.register(CudaBackend())
 registry.register(CpuBackend())
 registry.register(_triton_backend())
 
-__all__ = ["BackendError", "registry", "use_backend"]
+__all__ = ["BackendError", "registry", "use_backend", "use_winograd"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ops._sequence import empty_gradient
 from ...ops.layout import empty_frames_like, empty_state_like
+from .. import registry
 from ..base import Backend
 from ..call import (
     SAVE_CELLS,
@@ -22,7 +23,7 @@ from ..call import (
     same_padding,
     state_dtype,
 )
-from . import pooled_gate
+from . import pooled_gate, winograd
 from .arguments import DTYPES, GATE_ACTIVATIONS, PADDING_MODES, views
 
 try:
@@ -71,6 +72,7 @@ class CpuBackend(Backend):
             "instruction sets of this machine": ", ".join(_cpu.detected_instruction_sets()),
             "instruction set in use": _cpu.instruction_set(),
             "threads": str(torch.get_num_threads()),
+            "Winograd": winograd.current_mode(),
         }
 
     def conv_lstm2d(
@@ -95,8 +97,11 @@ class CpuBackend(Backend):
         frames = (input.size(0), input.size(1), *size)
         gates = input.new_empty((*frames, 4 * channels) if save == SAVE_GATES else (0,))
         cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
+        transformed = winograd.chosen(input, weight_ih, weight_hh, options, size)
+        if transformed:
+            registry.note("cpu: 3x3 convolutions by Winograd's F(2x2, 3x3)")
         _cpu.conv_lstm2d(
-            _sizes(input, weight_ih, weight_hh, peephole, size, options),
+            _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, output),
             views(h_n, c_n),
             gates.data_ptr(),
@@ -131,7 +136,7 @@ class CpuBackend(Backend):
         )
         size = (output.size(3), output.size(4))
         _cpu.conv_lstm2d_backward(
-            _sizes(input, weight_ih, weight_hh, peephole, size, options),
+            _sizes(input, weight_ih, weight_hh, peephole, size, options, False),
             views(*tensors, step_flags, output),
             gates.data_ptr(),
             cells.data_ptr(),
@@ -161,6 +166,7 @@ def _sizes(
     peephole: Tensor | None,
     size: tuple[int, int],
     options: ConvLSTMOptions,
+    transformed: bool,
 ) -> list[int]:
     """All numbers of a call in the order in which csrc/cpu/conv_lstm2d.cpp reads them."""
     o = options
@@ -171,4 +177,5 @@ def _sizes(
         peephole is not None and peephole.dim() == 4, torch.get_num_threads(), PADDING_MODES[o.padding_mode],
         *input.shape[3:], *size, *weight_ih.shape[2:], *o.stride, o.padding[0], o.padding[2], *o.dilation,
         *size, *size, *weight_hh.shape[2:], 1, 1, recurrent_padding[0], recurrent_padding[2], *o.recurrent_dilation,
+        transformed,
     ]  # fmt: skip

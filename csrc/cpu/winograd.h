@@ -1,0 +1,274 @@
+// 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional
+// Neural Networks", section 4.1): windows of 4x4 inputs and the taps go to 16 transformed positions, where a tile of
+// 2x2 outputs takes one product for each, 16 instead of 36. Sums over channels, and over several convolutions with the
+// same outputs, are taken there; one inverse transform gives the outputs.
+//
+// As in gemm.h, every output is one chain of multiply-adds whatever else is computed with it.
+#pragma once
+
+#include "gemm.h"
+
+namespace fused_convlstm {
+namespace FC_ISA {
+
+constexpr int kPositions = 16;  // of a transformed window
+constexpr int kUnitTiles = 6;   // pieces are multiples of this, the height of the register tile, as far as possible
+constexpr int kPieceTiles = 48; // tiles whose windows and transformed sums stay in the second-level cache
+constexpr int kRunTiles = 8;    // tiles whose outputs stay in the first-level cache
+
+// Transformed taps of L outputs: to[position * position_stride] from packed[tap * tap_stride].
+template <class T>
+static FC_INLINE void transform_taps(T *to, int64_t position_stride, const T *from, int64_t tap_stride, bool flipped) {
+  using V = Vec<T>;
+  V rows[4][3];
+  for (int x = 0; x < 3; ++x) {
+    V tap[3];
+    for (int y = 0; y < 3; ++y)
+      tap[y] = load(from + (flipped ? 8 - 3 * y - x : 3 * y + x) * tap_stride);
+    const V even = (tap[0] + tap[2]) * T(0.5), odd = tap[1] * T(0.5);
+    rows[0][x] = tap[0];
+    rows[1][x] = even + odd;
+    rows[2][x] = even - odd;
+    rows[3][x] = tap[2];
+  }
+  for (int y = 0; y < 4; ++y, to += 4 * position_stride) {
+    const V even = (rows[y][0] + rows[y][2]) * T(0.5), odd = rows[y][1] * T(0.5);
+    store(to, rows[y][0]);
+    store(to + position_stride, even + odd);
+    store(to + 2 * position_stride, even - odd);
+    store(to + 3 * position_stride, rows[y][2]);
+  }
+}
+
+// Transformed window: to[position * position_stride + channel] from the 16 pixels.
+template <class T>
+static __attribute__((noinline)) void transform_window(T *to, int64_t position_stride, const T *const *pixels,
+                                                       int64_t channels) {
+  using V = Vec<T>;
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    const int lanes = int(smaller(kLanes<T>, channels - c));
+    V rows[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      const V a = load_first(pixels[x] + c, lanes), b = load_first(pixels[4 + x] + c, lanes);
+      const V d = load_first(pixels[8 + x] + c, lanes), e = load_first(pixels[12 + x] + c, lanes);
+      rows[0][x] = a - d;
+      rows[1][x] = b + d;
+      rows[2][x] = d - b;
+      rows[3][x] = b - e;
+    }
+    T *at = to + c;
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y, at += 4 * position_stride) {
+      store_first(at, rows[y][0] - rows[y][2], lanes);
+      store_first(at + position_stride, rows[y][1] + rows[y][2], lanes);
+      store_first(at + 2 * position_stride, rows[y][2] - rows[y][1], lanes);
+      store_first(at + 3 * position_stride, rows[y][1] - rows[y][3], lanes);
+    }
+  }
+}
+
+// Outputs of a tile: top and bottom pixels, `width` apart, from 16 positions of `width` sums each.
+template <class T, int NV> static FC_INLINE void inverse_transform(T *top, T *bottom, const T *sums) {
+  using V = Vec<T>;
+  constexpr int kWidth = NV * kLanes<T>;
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v, top += kLanes<T>, bottom += kLanes<T>, sums += kLanes<T>) {
+    V upper[4], lower[4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      const V b = load(sums + (4 + x) * kWidth), d = load(sums + (8 + x) * kWidth);
+      upper[x] = load(sums + x * kWidth) + b + d;
+      lower[x] = b - d - load(sums + (12 + x) * kWidth);
+    }
+    store(top, upper[0] + upper[1] + upper[2]);
+    store(top + kWidth, upper[1] - upper[2] - upper[3]);
+    store(bottom, lower[0] + lower[1] + lower[2]);
+    store(bottom + kWidth, lower[1] - lower[2] - lower[3]);
+  }
+}
+
+// sums[p][v] = sum over k of windows[p][k] * weights[k][v], P tiles at one position
+template <class T, int P, int NV>
+static __attribute__((noinline)) void position_tile(T *sums, int64_t sums_stride, const T *windows, int64_t row,
+                                                    const T *weights, int64_t count) {
+  T *at[P];
+  const T *window[P];
+#pragma GCC unroll 12
+  for (int p = 0; p < P; ++p) {
+    at[p] = sums + p * sums_stride;
+    window[p] = windows + p * row;
+  }
+  for (int64_t first = 0; first < count; first += kChain) {
+    const int length = int(smaller(kChain, count - first));
+    Vec<T> sum[P][NV];
+    clear_sums<Plain<T>, P, NV>(sum);
+    accumulate<Plain<T>, P, NV>(sum, window, weights, length);
+    if (first == 0)
+      store_sums<Plain<T>, P, NV>(sum, at);
+    else
+      add_sums<Plain<T>, P, NV>(sum, at);
+    weights += int64_t(length) * NV * kLanes<T>;
+#pragma GCC unroll 12
+    for (int p = 0; p < P; ++p)
+      window[p] += length;
+  }
+}
+template <class T, int P, int NV, class... Args> static FC_INLINE void position_tail(int left, T *sums, Args... args) {
+  if (left == P)
+    return position_tile<T, P, NV>(sums, args...);
+  if constexpr (P > 1)
+    position_tail<T, P - 1, NV>(left, sums, args...);
+}
+
+// The pixels of its input that each window of a convolution with stride 1 reads.
+struct Windows {
+  Buffer<int32_t> pixels; // [tile][4 * 4], -1 for a zero
+
+  void allocate(int64_t out_height, int64_t out_width, int64_t in_height, int64_t in_width, int64_t pad_top,
+                int64_t pad_left) {
+    const int64_t rows = (out_height + 1) / 2, columns = (out_width + 1) / 2;
+    pixels.allocate(rows * columns * kPositions);
+    for (int64_t k = 0; k < rows * columns * kPositions; ++k) {
+      const int64_t tile = k / kPositions, position = k % kPositions;
+      const int64_t y = tile / columns * 2 + position / 4 - pad_top, x = tile % columns * 2 + position % 4 - pad_left;
+      const bool inside = y >= 0 && y < in_height && x >= 0 && x < in_width;
+      pixels[k] = inside ? int32_t(y * in_width + x) : -1;
+    }
+  }
+};
+
+// One of the inputs whose convolutions are summed.
+template <class T> struct WinogradInput {
+  const Windows *windows;
+  const T *const *images; // rows of each image; null: all zeros
+  int64_t row;            // elements of a pixel's row
+  int64_t channels;
+};
+
+// The sum of convolutions over all channels (`depth`) of their inputs.
+template <class T> struct WinogradProduct {
+  static constexpr int L = kLanes<T>;
+  int64_t height, width, rows, columns, depth; // of the outputs, in pixels; in tiles; channels
+  Buffer<T> weights;                           // [block][position][depth][vectors * L]
+  Buffer<T> zeros;                             // (depth)
+
+  void allocate(int64_t height_, int64_t width_, int64_t depth_, int64_t blocks) {
+    height = height_;
+    width = width_;
+    rows = (height + 1) / 2;
+    columns = (width + 1) / 2;
+    depth = depth_;
+    weights.allocate(blocks * block_stride());
+    zeros.allocate(depth);
+    zeros.fill_zero();
+  }
+
+  int64_t tiles() const { return rows * columns; } // of an image
+  int64_t block_stride() const { return kPositions * depth * kVectors * L; }
+  // Elements from one position of the transformed windows to the next; they begin in different sets of the cache.
+  int64_t plane() const { return kPieceTiles * depth + L; }
+
+  // A thread's scratch memory.
+  struct Scratch {
+    static constexpr int64_t kTile = (kPositions * kVectors + 1) * L; // likewise
+    Buffer<T> windows;                                                // [position][tile][depth]
+    Buffer<T> sums;                                                   // [tile][position][vectors * L]
+    Buffer<T> outputs;                                                // [2][pixel][vectors * L]
+
+    void allocate(const WinogradProduct &product) {
+      windows.allocate(kPositions * product.plane());
+      sums.allocate(kPieceTiles * kTile);
+      outputs.allocate(4 * kRunTiles * kVectors * L);
+    }
+  };
+
+  // This thread's part of the weights of the channels first .. first + count, from [block][tap][count][vectors * L].
+  // vectors(block): how many there are. `flipped`: for the transposed convolution.
+  template <class Vectors>
+  void pack(const T *packed, int64_t packed_block_stride, int64_t blocks, const Vectors &vectors, int64_t first,
+            int64_t count, bool flipped, int thread, int threads) const {
+    const Range range = part_of(blocks * count, thread, threads);
+    for (int64_t k = range.begin; k < range.end; ++k) {
+      const int64_t block = k / count, channel = k % count, lanes = vectors(block) * L;
+      const T *from = packed + block * packed_block_stride + channel * lanes;
+      T *to = weights.get() + block * block_stride() + (first + channel) * lanes;
+      for (int64_t v = 0; v < lanes; v += L)
+        transform_taps(to + v, depth * lanes, from + v, count * lanes, flipped);
+    }
+  }
+
+  // This thread's part of the outputs of all images, in pieces of up to kPieceTiles tiles of the images laid end to
+  // end and one block: body(block, begin, end), with the windows of the tiles in the scratch memory.
+  template <class Body>
+  void for_pieces(const WinogradInput<T> *inputs, int input_count, int64_t blocks, int64_t images, int thread,
+                  int threads, const Scratch &scratch, const Body &body) const {
+    const int64_t total = images * tiles(), units = (total + kUnitTiles - 1) / kUnitTiles;
+    const int64_t pieces = (total + kPieceTiles - 1) / kPieceTiles;
+    const Range range = part_of(pieces * blocks, thread, threads);
+    for (int64_t k = range.begin; k < range.end;) {
+      const int64_t piece = k / blocks;
+      const Range piece_units = part_of(units, int(piece), int(pieces));
+      const int64_t begin = piece_units.begin * kUnitTiles, end = smaller(total, piece_units.end * kUnitTiles);
+      transform(inputs, input_count, begin, end, scratch.windows.get());
+      for (; k < smaller(range.end, (piece + 1) * blocks); ++k)
+        body(k - piece * blocks, begin, end);
+    }
+  }
+
+  // Outputs of a piece that for_pieces gave. Calls body(sums, begin, end) with each run of neighbouring pixels.
+  template <int NV, class Body>
+  void run(int64_t block, int64_t begin, int64_t end, const Scratch &scratch, const Body &body) const {
+    constexpr int64_t kWidth = NV * L;
+    constexpr int P = kTilePixels<NV>;
+    const T *panel = weights.get() + block * block_stride(), *window = scratch.windows.get();
+    for (int position = 0; position < kPositions; ++position, panel += depth * kWidth, window += plane()) {
+      T *sums = scratch.sums.get() + position * kWidth;
+      int64_t k = 0;
+      for (; k + P <= end - begin; k += P)
+        position_tile<T, P, NV>(sums + k * scratch.kTile, scratch.kTile, window + k * depth, depth, panel, depth);
+      if (k < end - begin)
+        position_tail<T, P - 1, NV>(int(end - begin - k), sums + k * scratch.kTile, scratch.kTile, window + k * depth,
+                                    depth, panel, depth);
+    }
+    T *top = scratch.outputs.get(), *bottom = top + 2 * kRunTiles * kWidth;
+    for (int64_t k = begin; k < end;) {
+      const int64_t image = k / tiles(), y = k % tiles() / columns * 2, x = k % columns;
+      const int64_t count = smaller(smaller(columns - x, kRunTiles), end - k);
+      for (int64_t n = 0; n < count; ++n)
+        inverse_transform<T, NV>(top + 2 * n * kWidth, bottom + 2 * n * kWidth,
+                                 scratch.sums.get() + (k - begin + n) * scratch.kTile);
+      const int64_t pixel = (image * height + y) * width + 2 * x, pixels = smaller(2 * count, width - 2 * x);
+      body(top, pixel, pixel + pixels);
+      if (y + 1 < height)
+        body(bottom, pixel + width, pixel + width + pixels);
+      k += count;
+    }
+  }
+
+private:
+  // Windows of the tiles begin .. end of the images laid end to end.
+  void transform(const WinogradInput<T> *inputs, int input_count, int64_t begin, int64_t end, T *to) const {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t image = k / tiles(), tile = k % tiles();
+      for (int n = 0; n < input_count; ++n) {
+        const WinogradInput<T> &input = inputs[n];
+        if (const T *data = input.images[image]) {
+          const T *pixels[kPositions];
+          for (int j = 0; j < kPositions; ++j) {
+            const int32_t pixel = input.windows->pixels[tile * kPositions + j];
+            pixels[j] = pixel < 0 ? zeros.get() : data + pixel * input.row;
+          }
+          transform_window(to, plane(), pixels, input.channels);
+        } else {
+          for (int j = 0; j < kPositions; ++j)
+            std::memset(static_cast<void *>(to + j * plane()), 0, size_t(input.channels) * sizeof(T));
+        }
+        to += input.channels;
+      }
+    }
+  }
+};
+
+} // namespace FC_ISA
+} // namespace fused_convlstm

@@ -1,0 +1,127 @@
+"""When 3x3 convolutions are computed by Winograd's F(2x2, 3x3), with 16 products instead of 36."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..call import ConvLSTMOptions
+
+NEVER, AUTO, ALWAYS = MODES = ("never", "auto", "always")
+ENVIRONMENT_VARIABLE = "FUSED_CONVLSTM_WINOGRAD"
+
+_mode: str | None = None  # by use_winograd
+
+
+def _check(mode: str, where: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{where}: unknown mode {mode!r}; choose one of {', '.join(map(repr, MODES))}")
+    return mode
+
+
+@contextmanager
+def use_winograd(mode: str = AUTO) -> Iterator[None]:
+    """Within the block, the CPU kernels may compute 3x3 convolutions by Winograd's F(2x2, 3x3) (Lavin & Gray 2016).
+
+    It takes 16 products where a direct convolution takes 36, so it is up to twice as fast, but it rounds more: each
+    output is made of sums and differences of neighbouring inputs, so the error is relative to the largest input of a
+    4x4 window. On ordinary data it is one to two times that of plain PyTorch; where one pixel is far larger than its
+    neighbours, or where all values are far from zero, it may be larger. A NaN or an infinity reaches all outputs of
+    the 2x2 tiles whose windows hold it. So it is off unless asked for.
+
+    It serves ``ConvLSTM2d`` in float32 with both kernels 3x3, stride 1, dilation 1, one group and zero padding; all
+    other calls are computed directly, whatever the mode. Holds for the whole process, and for backward passes that run
+    within the block.
+
+    Args:
+        mode: ``"auto"``, where it is expected to be faster; ``"always"``, wherever it can be computed; ``"never"``.
+            Outside any block, the environment variable ``FUSED_CONVLSTM_WINOGRAD`` decides, else ``"never"``.
+    """
+    global _mode
+    before, _mode = _mode, _check(mode, "use_winograd")
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def current_mode() -> str:
+    if _mode is not None:
+        return _mode
+    return _check(os.environ.get(ENVIRONMENT_VARIABLE, NEVER), f"environment variable {ENVIRONMENT_VARIABLE}")
+
+
+# The cost model counts vector operations of 16 lanes for one image at one step; the constants were fitted to
+# measurements (docs/cpu.md).
+_LANES = 16
+_TAP = 6.0  # of a direct convolution for each pixel and tap: sums go through memory
+_POSITION = 1.06  # of a transformed product for each multiply-add
+_TILE = 60.0  # for each tile and vector of outputs: transformed sums through memory, inverse transform
+_WINDOW = 90.0  # for each tile and vector of inputs: transform
+_WEIGHT = 60.0  # for each channel and vector of outputs: transform of the nine taps
+
+
+def _connections(out_size: int, in_size: int, padding: int) -> int:
+    """Pairs of an output and an input that one of three taps connects, along one dimension."""
+    return sum(max(0, min(out_size, in_size + padding - tap) - max(0, padding - tap)) for tap in range(3))
+
+
+def _is_faster(
+    inputs: tuple[tuple[int, int, int, int, int], ...],  # channels, H, W, padding at the top and at the left of each
+    out_channels: int,
+    out_size: tuple[int, int],
+    images: int,  # of the whole sequence, which share the transformed weights
+) -> bool:
+    """Whether the sum of these convolutions is expected to take less time transformed than directly."""
+    vectors = -(-out_channels // _LANES)
+    tiles = -(-out_size[0] // 2) * -(-out_size[1] // 2)
+    direct = 0.0
+    transformed = tiles * vectors * _TILE
+    for channels, height, width, top, left in inputs:
+        connections = _connections(out_size[0], height, top) * _connections(out_size[1], width, left)
+        direct += vectors * connections * (channels + _TAP)
+        transformed += tiles * (vectors * 16 * channels * _POSITION + -(-channels // _LANES) * _WINDOW)
+        transformed += vectors * channels * _WEIGHT / max(images, 1)
+    return transformed < direct
+
+
+def _applies(dtype: torch.dtype, kernels: tuple[torch.Size, ...], options: ConvLSTMOptions) -> bool:
+    return (
+        dtype == torch.float32
+        and all(kernel[2:] == (3, 3) for kernel in kernels)
+        and options.stride == options.dilation == options.recurrent_dilation == (1, 1)
+        and options.groups == 1
+        and options.padding_mode == "zeros"
+    )
+
+
+@lru_cache(maxsize=256)
+def _choose(
+    mode: str,
+    dtype: torch.dtype,
+    input: torch.Size,  # (T, B, Cin, H, W)
+    weight_ih: torch.Size,
+    weight_hh: torch.Size,
+    options: ConvLSTMOptions,
+    state_size: tuple[int, int],
+) -> bool:
+    if mode == NEVER or not _applies(dtype, (weight_ih, weight_hh), options):
+        return False
+    if mode == ALWAYS:
+        return True
+    steps, batch, in_channels, height, width = input
+    channels = weight_hh[1]
+    inputs = ((in_channels, height, width, options.padding[0], options.padding[2]), (channels, *state_size, 1, 1))
+    return _is_faster(inputs, 4 * channels, state_size, steps * batch)
+
+
+def chosen(
+    input: Tensor, weight_ih: Tensor, weight_hh: Tensor, options: ConvLSTMOptions, state_size: tuple[int, int]
+) -> bool:
+    """Whether this call's gates are computed so."""
+    return _choose(current_mode(), input.dtype, input.shape, weight_ih.shape, weight_hh.shape, options, state_size)

@@ -1,0 +1,185 @@
+"""3x3 convolutions by Winograd on the CPU: the same checks as the direct kernels', and the choice between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, case_id, make_tensors, ordinary, run
+from hypothesis import HealthCheck, given, settings
+from kernel_checks import check_against_reference, check_repeatable
+from strategies import cases
+from test_cpu_conv_lstm2d import assert_same_bits, threads
+
+from fused_convlstm import _cpu, explain, use_winograd
+from fused_convlstm import functional as FC
+from fused_convlstm.backends import registry
+from fused_convlstm.backends.call import ConvLSTMOptions
+from fused_convlstm.backends.cpu import winograd
+
+ORDINARY = [
+    case
+    for case in ordinary("conv_lstm2d")
+    if case.kernel_size == case.recurrent_kernel_size == (3, 3)
+    and case.stride == case.dilation == case.recurrent_dilation == (1, 1)
+    and case.groups == 1
+    and case.padding_mode == "zeros"
+]
+LARGE = [
+    Case(in_channels=40, hidden_channels=70, size=(6, 7), batch=3),
+    Case(in_channels=1, hidden_channels=16, size=(13, 12), peephole="pixel"),
+    Case(in_channels=300, hidden_channels=24, size=(4, 5), padding=(3, 4), recompute_gates=True),
+    Case(in_channels=16, hidden_channels=16, size=(18, 37), padding="valid", reverse=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def always() -> Iterator[None]:
+    with use_winograd("always"):
+        yield
+
+
+def as_eligible(case: Case) -> Case:
+    """The nearest case that the transformed kernels serve."""
+    one = (1, 1)
+    case = replace(
+        case, kernel_size=(3, 3), recurrent_kernel_size=(3, 3), stride=one, dilation=one, recurrent_dilation=one,
+        groups=1, padding_mode="zeros",
+    )  # fmt: skip
+    return case if min(case.state_size()) > 0 else replace(case, padding="same")
+
+
+@pytest.mark.parametrize("case", [*ORDINARY, *LARGE], ids=case_id)
+def test_training(case: Case) -> None:
+    check_against_reference(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("case", [*ORDINARY, *LARGE], ids=case_id)
+def test_inference(case: Case) -> None:
+    check_against_reference(case, "cpu", torch.float32, training=False)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(case=cases("conv_lstm2d").map(as_eligible))
+def test_sweep(case: Case) -> None:
+    check_against_reference(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(instruction_set: str) -> None:
+    before = _cpu.instruction_set()
+    try:
+        _cpu.select_instruction_set(instruction_set)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for case in (*LARGE, Case(peephole="channel", lengths=True, reset=True)):
+        check_against_reference(case, "cpu", torch.float32)
+    _cpu.select_instruction_set(before)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_bits_do_not_depend_on_threads(case: Case) -> None:
+    tensors = make_tensors(case).to(torch.float32)
+    results = []
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            results.append(run(case, tensors, "cpu"))
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_forward_bits_do_not_depend_on_the_batch(case: Case) -> None:
+    case = replace(case, batch=5)
+    tensors = make_tensors(case).to(torch.float32)
+    together = run(case, tensors, "cpu", training=False)
+    for b in range(case.batch):
+        alone = replace(tensors, input=tensors.input[:, b : b + 1], hx=tuple(x[b : b + 1] for x in tensors.hx))
+        result = run(case, alone, "cpu", training=False)
+        expected = {name: x[:, b : b + 1] if name == "output" else x[b : b + 1] for name, x in together.items()}
+        assert_same_bits(result, expected)
+
+
+def test_chunks_give_the_bits_of_the_whole() -> None:
+    case = replace(LARGE[0], steps=4)
+    tensors = make_tensors(case).to(torch.float32)
+    whole = run(case, tensors, "cpu", training=False)
+    outputs, hx = [], tensors.hx
+    for begin, end in ((0, 1), (1, 4)):
+        chunk = run(case, replace(tensors, input=tensors.input[begin:end], hx=hx), "cpu", training=False)
+        outputs.append(chunk["output"])
+        hx = (chunk["h_n"], chunk["c_n"])
+    assert_same_bits({"output": torch.cat(outputs), "h_n": hx[0], "c_n": hx[1]}, whole)
+
+
+def test_repeatable() -> None:
+    for case in LARGE:
+        check_repeatable(case, "cpu", torch.float32)
+
+
+def test_extreme_inputs_saturate() -> None:
+    tensors = make_tensors(Case(steps=4)).to(torch.float32)
+    for scale in (1e6, 1e30):
+        output, (_, c_n) = FC.conv_lstm2d(tensors.input * scale, **tensors.weights, backend="cpu")
+        expected, (_, expected_c) = FC.conv_lstm2d(tensors.input * scale, **tensors.weights, backend="reference")
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(c_n, expected_c)
+
+
+def test_nan_reaches_what_it_touches() -> None:
+    """At least the outputs of the direct convolution, at most the 2x2 tiles that have one of them."""
+    tensors = make_tensors(Case(steps=1, size=(9, 8), state=False)).to(torch.float32)
+    tensors.input[0, 0, 0, 4, 3] = float("nan")
+    output, _ = FC.conv_lstm2d(tensors.input, **tensors.weights, backend="cpu")
+    expected, _ = FC.conv_lstm2d(tensors.input, **tensors.weights, backend="reference")
+    actual, least = output[0].isnan(), expected[0].isnan()
+    assert (actual >= least).all()
+    assert not actual[1].any()
+    assert not actual[0, :, :2].any()
+    assert not actual[0, :, 6:].any()
+
+
+def test_other_calls_stay_direct() -> None:
+    """The mode changes nothing where the transform does not apply."""
+    for case in (Case(kernel_size=(1, 1)), Case(stride=(2, 2)), Case(padding_mode="circular"), Case(groups=1)):
+        dtype = torch.float64 if case == Case() else torch.float32
+        tensors = make_tensors(case).to(dtype)
+        actual = run(case, tensors, "cpu")
+        with use_winograd("never"):
+            assert_same_bits(actual, run(case, tensors, "cpu"))
+
+
+def test_it_is_off_by_default_and_explain_says_when_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = make_tensors(Case()).to(torch.float32)
+
+    def notes() -> str:
+        return str(explain(FC.conv_lstm2d, tensors.input, **tensors.weights, backend="cpu"))
+
+    assert "Winograd" in notes()
+    with use_winograd("never"):
+        assert "Winograd" not in notes()
+    monkeypatch.setattr(winograd, "_mode", None)
+    monkeypatch.delenv(winograd.ENVIRONMENT_VARIABLE, raising=False)
+    assert registry.get("cpu").info()["Winograd"] == "never"
+    assert "Winograd" not in notes()
+    monkeypatch.setenv(winograd.ENVIRONMENT_VARIABLE, "always")
+    assert "Winograd" in notes()
+    monkeypatch.setenv(winograd.ENVIRONMENT_VARIABLE, "often")
+    with pytest.raises(ValueError, match="FUSED_CONVLSTM_WINOGRAD: unknown mode 'often'"):
+        notes()
+
+
+def test_unknown_mode() -> None:
+    with pytest.raises(ValueError, match="use_winograd: unknown mode 'on'"), use_winograd("on"):
+        pass
+
+
+@pytest.mark.parametrize(("channels", "size", "faster"), [(64, 24, True), (256, 6, True), (256, 3, False)])
+def test_automatic_choice(channels: int, size: int, faster: bool) -> None:
+    input = torch.empty(24, 8, channels, size, size, device="meta")
+    weight = torch.empty(4 * channels, channels, 3, 3, device="meta")
+    with use_winograd("auto"):
+        options = ConvLSTMOptions(padding=(1, 1, 1, 1))
+        assert winograd.chosen(input, weight, weight, options, (size, size)) == faster
