@@ -5,6 +5,7 @@ import importlib
 import io
 import itertools
 import pickle
+import threading
 
 import pytest
 import swap_twins as twins
@@ -258,6 +259,42 @@ def test_refused_with_the_reason(name: str) -> None:
         assert reason in str(report)
 
 
+def with_padding_mode() -> nn.Module:
+    cell = twins.GeorgeyiasemisLstmCell(3, 4, 3, twice=False)
+    cell.x2h.padding_mode = "circular"
+    return cell
+
+
+def reshaped(change) -> nn.Module:
+    """A module with nn.LSTM's names whose weights are of another kind of layer."""
+    layer = twins.Kamo(3, 4, 3, bias=False)
+    for name, weight in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(change(weight.detach())))
+    return layer
+
+
+def with_a_lock() -> nn.Module:
+    cell = twins.NdrplzCell(3, 4, (3, 3))
+    cell.lock = threading.Lock()
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: reshaped(lambda w: w[..., 0]), "its convolutions are 1-dimensional"),
+        (lambda: reshaped(lambda w: w[:12]), "it does not have four gates"),
+        (lambda: reshaped(lambda w: w[..., 0, 0]), "its weights are not of a convolution"),
+        (with_padding_mode, "its two convolutions differ in their padding_mode"),
+        (with_a_lock, "it cannot be copied to be tried out: TypeError"),
+    ],
+)
+def test_other_reasons_to_keep(build, reason: str) -> None:
+    module = build()
+    module.__class__ = type("SomeLstm", (type(module),), {})
+    assert reason in swap(holder(module)).kept[0].reason
+
+
 @pytest.mark.parametrize("order", ["".join(letters) for letters in itertools.permutations("ifgo")])
 def test_every_order_of_gates_is_found(order: str) -> None:
     cell = type("LstmCell", (twins.NdrplzCell,), {"order": order})(3, 4, (3, 3)).double()
@@ -489,8 +526,12 @@ def test_wrong_arguments() -> None:
         cell(torch.randn(2, 3, *SIZE))
     with pytest.raises(TypeError, match="other"):
         cell(torch.randn(2, 3, *SIZE), None, other=1)
-    with pytest.raises(ValueError, match="model: expected a Module"):
-        swap(torch.zeros(1))
+    for function in (swap, unswap):
+        with pytest.raises(ValueError, match="model: expected a Module, got Tensor"):
+            function(torch.zeros(1))
+    wrapper = type("DistributedDataParallel", (nn.Sequential,), {})
+    with pytest.raises(ValueError, match="model: expected one that is not in DistributedDataParallel yet"):
+        swap(holder(wrapper(nn.Conv2d(1, 1, 1))))
 
 
 @pytest.mark.parametrize("name", ["torchgeo", "aserdega with peepholes", "snntorch", "kamo-naoyuki"])
@@ -548,6 +589,14 @@ def test_state_with_a_history_does_not_hinder() -> None:
     module(*calls[0])
     assert not module.mem.is_leaf
     assert swap(holder(module)).replaced
+
+
+def test_modes_and_defaults_of_the_caller_do_not_matter() -> None:
+    model = holder(twins.Ndrplz(3, 4, (3, 3), 1))
+    with torch.inference_mode(), torch.device("meta"):
+        assert swap(model).replaced
+    model["inner"](torch.randn(2, 2, 3, *SIZE))[0][0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_compiles() -> None:

@@ -86,7 +86,7 @@ def probe_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, value in named_tensors(probe).items():
         if is_weight(value) and value.dtype.is_floating_point:
             scale = 1.5 * max(value[0].numel(), 1) ** -0.5 if value.dim() == 4 and "weight" in name else 0.7
-            value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.float64) * scale)
+            value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu") * scale)
     return probe
 
 
@@ -100,7 +100,7 @@ def replace_norms(module: nn.Module) -> None:
 
 def random_frames(*shape: int, like: Tensor, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 @torch.no_grad()

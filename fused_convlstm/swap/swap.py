@@ -20,6 +20,8 @@ from .values import map_tensors, same_structure, tensors_in
 
 # Largest relative error that rounding may make between two orders of summation; anything more is a defect.
 _LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# They keep hold of the parameters of what they wrap.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 _VERIFY_STEPS, _VERIFY_BATCH, _VERIFY_SIZE = 8, 2, (32, 32)
 
 
@@ -102,8 +104,9 @@ def swap(model: nn.Module, verify: bool = False, dry_run: bool = False, example_
         a report that can be printed.
 
     Raises:
-        ValueError: ``model`` is no module, ``verify`` or ``example_input`` are given where nothing is to be verified,
-            or ``example_input`` gives no floating-point results.
+        ValueError: ``model`` is no module, or in DistributedDataParallel or FSDP already; ``verify`` or
+            ``example_input`` are given where nothing is to be verified; the results on ``example_input`` hold no
+            floating-point tensors.
         RuntimeError: ``verify`` found a difference beyond rounding.
 
     The model is as it was after any error, also one that it raises itself on ``example_input``.
@@ -114,10 +117,16 @@ def swap(model: nn.Module, verify: bool = False, dry_run: bool = False, example_
         raise ValueError("verify: expected False with dry_run=True, which replaces nothing")
     if example_input is not None and not verify:
         raise ValueError("example_input: expected None without verify=True, which is what it is for")
+    for module in model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"model: expected one that is not in {type(module).__name__} yet, which would go on working with the "
+                "parameters of before"
+            )
     adapters: dict[nn.Module, SwappedLayer] = {}
     replaced: list[Replaced] = []
     kept: list[Kept] = []
-    with _one_thread():
+    with _one_thread(), torch.inference_mode(False):  # parameters made in inference mode could never be trained
         _walk(model, "", _owners(model), adapters, replaced, kept)
     if dry_run:
         return SwapReport(model, replaced, kept, dry_run=True)
@@ -131,8 +140,16 @@ def swap(model: nn.Module, verify: bool = False, dry_run: bool = False, example_
 def unswap(model: nn.Module) -> nn.Module:
     """Puts the modules that :func:`swap` replaced back, with the present weights in their own layout, in place.
 
-    Returns ``model``, or, if that was replaced itself, the module in its place.
+    Biases that only ever added up have become one: the first comes back with the sum, the others with zero.
+
+    Returns:
+        ``model``, or, if that is a replaced module itself, the one that it replaced.
+
+    Raises:
+        ValueError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a Module, got {type(model).__name__}")
     originals: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, SwappedLayer):
