@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fused_convlstm
 from fused_convlstm import swap, unswap
 from fused_convlstm.swap import SwappedLayer
+from fused_convlstm.swap.recognise import largest_error
 from fused_convlstm.swap.values import same_structure, tensors_in
 
 SIZE = (6, 5)
@@ -480,6 +481,7 @@ def test_weights_on_the_meta_device_are_a_reason_to_keep() -> None:
     assert "meta device" in swap(holder(stack)).kept[0].reason
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*script_method:DeprecationWarning")
 def test_compiled_and_scripted_modules() -> None:
     """What torch.compile has wrapped would go on running the module that it wrapped."""
     report = swap(holder(torch.compile(twins.NdrplzCell(3, 4, (3, 3)))))
@@ -678,18 +680,31 @@ def test_verify_with_an_example_input() -> None:
     assert model.lstm.training
 
 
-def test_verify_puts_everything_back_if_the_results_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.1, torch.nan])
+@pytest.mark.parametrize("part", [0, 1])
+def test_verify_puts_everything_back_if_the_results_differ(
+    factor: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 0 are the results, part 1 the gradients."""
     model = holder(twins.Ndrplz(3, 4, (3, 3), 2, True))
     before = model["inner"]
     run = swap_steps.run
 
     def wrong_after(module: nn.Module, call: object) -> tuple[object, list[Tensor]]:
-        results, grads = run(module, call)
-        for x in tensors_in(results) if isinstance(module, SwappedLayer) else []:
-            x.data.mul_(1.1)
-        return results, grads
+        both = run(module, call)
+        for x in tensors_in(both[part]) if isinstance(module, SwappedLayer) else []:
+            x.data.mul_(factor)
+        return both
 
     monkeypatch.setattr(swap_steps, "run", wrong_after)
     with pytest.raises(RuntimeError, match="the model is as it was"):
         swap(model, verify=True)
     assert model["inner"] is before
+
+
+def test_infinite_results_may_be_equal() -> None:
+    x = torch.tensor([1.0, torch.inf, -2.0])
+    assert largest_error(x, x.clone()) == 0
+    assert largest_error(x, torch.tensor([1.0, torch.inf, -1.0])) == 0.5
+    assert largest_error(x, torch.tensor([1.0, 3.0, -2.0])) == torch.inf
+    assert largest_error(x[:0], x[:0]) == 0

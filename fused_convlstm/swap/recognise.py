@@ -322,11 +322,18 @@ def run(module: nn.Module, call: Call) -> tuple[Any, list[Tensor]]:
 
 
 def largest_error(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference in terms of the largest magnitude; as it is, if everything expected is zero."""
+    """Largest difference in terms of the largest finite magnitude; as it is, if everything expected is zero.
+
+    Infinite for a NaN on either side, and where one side alone is infinite.
+    """
     if expected.numel() == 0:
         return 0.0
-    difference = float((expected.detach() - actual.detach()).abs().max())
-    return difference / (float(expected.detach().abs().max()) or 1.0)
+    expected, actual = expected.detach(), actual.detach()
+    difference = torch.where(expected == actual, 0.0, (expected - actual).abs()).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
+    scale = float(expected.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    return float(difference.max()) / (scale or 1.0)
 
 
 def _with_gradient(x: Tensor) -> Tensor:
