@@ -7,7 +7,7 @@ from .cpu.winograd import use_winograd
 from .cuda import CudaBackend
 from .registry import BackendError, use_backend
 
-OLDEST_TRITON = (3, 6)
+OLDEST_TRITON = (3, 4)
 
 
 def _triton_backend() -> Backend:
