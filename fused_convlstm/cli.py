@@ -99,6 +99,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--words", nargs="+", metavar="WORD", help="mouths: words of its lexicon; default all")
     parser.add_argument("--clips-per-word", type=int, default=60, metavar="N", help="of each class; default 60")
     parser.add_argument("--speakers", type=int, metavar="N", help="mouths: default 12")
+    parser.add_argument("--camera", type=float, metavar="X", help="actors: factor of the camera's motion; default 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default one per core")
     parser.set_defaults(run=_generate)
@@ -107,14 +108,19 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _generate(options: argparse.Namespace) -> None:
     from .data.procedural import generate, generate_actors, generate_gestures
 
+    if options.camera is not None and options.set != "actors":
+        raise ValueError("--camera: only with the set actors")
     if options.set == "mouths":
         speakers = 12 if options.speakers is None else options.speakers
         generate(options.out, options.words, options.clips_per_word, speakers, options.seed, workers=options.workers)
     else:
         if options.words is not None or options.speakers is not None:
             raise ValueError("--words, --speakers: only with the set mouths")
-        render = generate_gestures if options.set == "gestures" else generate_actors
-        render(options.out, options.clips_per_word, options.seed, workers=options.workers)
+        if options.set == "gestures":
+            generate_gestures(options.out, options.clips_per_word, options.seed, workers=options.workers)
+        else:
+            camera = 1.0 if options.camera is None else options.camera
+            generate_actors(options.out, options.clips_per_word, options.seed, camera=camera, workers=options.workers)
     print(f"made {options.out}")
 
 

@@ -198,6 +198,7 @@ def test_generate_prepare_train(tmp_path, capsys):
         (["predict", "{words}", "{words.yaml}"], "cannot be decoded"),
         (["prepare", "lrw", "{nothing}", "cache"], "nothing"),
         (["prepare", "lrw", "{cache}", "cache", "--words", "digit"], "only with the layout grid-words"),
+        (["generate", "gestures", "--set", "gestures", "--camera", "0"], "only with the set actors"),
     ],
 )
 def test_wrong_use(arguments, message, folder, tmp_path, capsys, monkeypatch):

@@ -396,6 +396,14 @@ def test_action_is_seen_in_the_flow(label):
     assert strong[inside].mean() > 3 * strong[~inside].mean()
 
 
+def test_the_camera_can_stand_still():
+    """Who sits down stays where the feet are; only the camera moves them in the picture."""
+    for camera, moved in ((0.0, False), (1.0, True)):
+        _, boxes = actor_frames("sit_down", np.random.default_rng(0), camera)
+        feet = boxes[:, 1] + boxes[:, 3]
+        assert (np.ptp(feet) > 1) == moved
+
+
 def test_generated_sets_are_read_and_prepared(tmp_path):
     for make, count, name in ((generate_gestures, 10, "gestures"), (generate_actors, 8, "actors")):
         folder = make(tmp_path / name, 6, workers=0, progress=False)
@@ -409,6 +417,8 @@ def test_generated_sets_are_read_and_prepared(tmp_path):
             make(folder, 6, seed=1, workers=0, progress=False)
         with pytest.raises(ValueError, match="clips_per_class: expected 6 or more"):
             make(folder, 5, workers=0)
+    with pytest.raises(ValueError, match="camera: expected a factor of at least 0"):
+        generate_actors(tmp_path / "other", 6, camera=-1.0)
     crop = WholeFrame(72, 72)
     reader = WordFolders(tmp_path / "actors")
     report = prepare(reader, tmp_path / "cache", crop=crop, rgb=True, flow="dis", workers=0, progress=False)

@@ -174,7 +174,7 @@ def test_padding_is_not_seen(name: str) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_video_lstm_streams_without_an_initial_state(design: str) -> None:
-    for motion in ("flow", "difference") if design == "motion" else ("flow",):
+    for motion in ("flow", "difference", "same") if design == "motion" else ("flow",):
         model, clips = make(f"video_{design}", initial_state=False, motion=motion)
         model.eval()
         with torch.no_grad():

@@ -20,7 +20,7 @@ from fused_convlstm.training import Processes, Trainer, load_recipe
 TINY = [
     "training.epochs=2", "training.batch_size=8", "training.checkpoint_seconds=0", "training.frames=[[0, 6]]",
     "transform.size=24", "transform.crop=[28, 32]", "transform.validation_crop=30", "transform.shift=1",
-    "transform.test_crops=[30]",
+    "transform.test_crops=[30]", "data.content=null",
 ]  # fmt: skip
 VIDEO = "{hidden_channels: 6, motion_channels: 5, backbone_channels: [4, 4, 6, 6], head_channels: 8}"
 ACTION = (

@@ -17,7 +17,7 @@ from .streaming import Carry, ModelConfig, StreamingModel
 
 DESIGNS = ("frames", "lstm", "alstm", "convlstm", "convalstm", "motion")
 BACKBONES = ("vgg16", "small", "features")
-MOTIONS = ("flow", "difference")
+MOTIONS = ("flow", "difference", "same")
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: pooling
 
 
@@ -33,8 +33,8 @@ class VideoLSTMConfig(ModelConfig):
             layers), or "features": the frames are feature maps already.
         backbone_channels: of the small backbone's four convolutions. Its maps have 1/8 of the frame's size.
         hidden_channels: of the LSTM.
-        motion: where the design "motion" takes it from: "flow", the last two channels of the input, or
-            "difference" of each frame to the one before.
+        motion: where the design "motion" takes it from: "flow", the last two channels of the input, the "difference"
+            of each frame to the one before, or "same": the whole input, which is optical flow.
         motion_channels: of the small backbone on the motion, and of the motion ConvLSTM.
         initial_state: h_0 and c_0 are tanh of a convolution of the features' mean over time; the clip must be given
             whole then. Else they are zero.
@@ -190,6 +190,8 @@ class VideoLSTM(StreamingModel):
     ) -> Tensor:  # (T, B, C, h, w)
         if self.config.motion == "flow":
             motion = frames[:, :, self.image_channels :]
+        elif self.config.motion == "same":
+            motion = frames
         else:
             before = carry.get("frame")
             motion = frames - torch.cat((frames[:1] if before is None else before[None], frames[:-1]))

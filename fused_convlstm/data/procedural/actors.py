@@ -51,6 +51,7 @@ class _Pose:
 @dataclass(frozen=True)
 class _Batch:
     seed: int
+    camera: float
     clips: list[PlannedClip]
 
 
@@ -59,31 +60,37 @@ def generate_actors(
     clips_per_class: int = 60,
     seed: int = 0,
     *,
+    camera: float = 1.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Render the eight :data:`ACTIONS`: ``CLASS/{train,val,test}/CLASS_00001.mp4`` + ``.boxes`` for ``WordFolders``.
 
     Clips have 30 frames of 128 x 128 at 25 fps; a line of the ``.boxes`` file is the actor's ``X Y WIDTH HEIGHT`` in
-    a frame, pixels from the top left. Parts, repetition and continuation are those of :func:`generate`.
+    a frame, pixels from the top left. ``camera`` is a factor of the camera's motion, 0 for a camera that stands still.
+    Parts, repetition and continuation are those of :func:`generate`.
 
     Raises:
-        ValueError: fewer than 6 clips per class, or a folder with other files or another set.
+        ValueError: fewer than 6 clips per class, a negative ``camera``, or a folder with other files or another set.
         PrepareError: no space left or no right to write in ``out_dir``.
     """
     check_count("clips_per_class", clips_per_class, 6)
+    if camera < 0.0:
+        raise ValueError(f"camera: expected a factor of at least 0, got {camera}")
 
     def batches(missing: list[PlannedClip]) -> list[_Batch]:
-        return [_Batch(seed, missing[start : start + 10]) for start in range(0, len(missing), 10)]
+        return [_Batch(seed, camera, missing[start : start + 10]) for start in range(0, len(missing), 10)]
 
-    arguments: dict[str, object] = {"set": "actors", "clips_per_class": clips_per_class, "seed": seed}
+    arguments: dict[str, object] = {
+        "set": "actors", "clips_per_class": clips_per_class, "seed": seed, "camera": camera,
+    }  # fmt: skip
     return make_set(out_dir, arguments, list(ACTIONS), clips_per_class, batches, _render_batch, workers, progress)
 
 
 def _render_batch(job: _Batch) -> int:
     for clip in job.clips:
         rng = np.random.default_rng([job.seed, zlib.crc32(clip.label.encode()), clip.number])
-        frames, boxes = actor_frames(clip.label, rng)
+        frames, boxes = actor_frames(clip.label, rng, job.camera)
         lines = [" ".join(f"{value:.1f}" for value in box) for box in boxes]
         write_text(clip.video.with_suffix(".boxes"), "\n".join(lines) + "\n")
         with complete_file(clip.video) as unfinished:
@@ -115,7 +122,9 @@ def action_poses(label: str, rng: np.random.Generator) -> list[_Pose]:
     return poses
 
 
-def actor_frames(label: str, rng: np.random.Generator) -> tuple[list[Frames], npt.NDArray[np.float64]]:
+def actor_frames(
+    label: str, rng: np.random.Generator, camera: float = 1.0
+) -> tuple[list[Frames], npt.NDArray[np.float64]]:
     """The frames of a clip, uint8 (128, 128, 3) RGB, and the actor's boxes (T, 4): x, y, width, height in pixels."""
     poses = action_poses(label, rng)
     side = SIZE * _SCALE
@@ -143,7 +152,7 @@ def actor_frames(label: str, rng: np.random.Generator) -> tuple[list[Frames], np
         canvas = scene.copy()
         points = _draw_figure(canvas, pose, size, ground, clothes[0], margin, side)
         shift = speed * (t - NUM_FRAMES / 2) + 1.5 * _SCALE * np.sin(0.5 * t + sway + np.array([0, 1]))
-        shift = np.clip(shift, -margin, margin)
+        shift = np.clip(camera * shift, -margin, margin)
         matrix = np.array([[1, 0, shift[0] - margin], [0, 1, shift[1] - margin]])
         seen = cv2.warpAffine(canvas, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         small = cv2.resize(seen, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
