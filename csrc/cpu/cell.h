@@ -3,7 +3,7 @@
 
 #include "activations.h"
 #include "conv_lstm2d.h"
-#include "gemm.h"
+#include "winograd.h"
 
 namespace fused_convlstm {
 namespace FC_ISA {
@@ -244,6 +244,74 @@ template <class N> struct GateConvolution {
             offsets.get(),
             geometry.forward.data(),
             int(geometry.forward.size())};
+  }
+};
+
+// The product that gives a step's gates: the convolutions of input and h, summed, direct or transformed.
+template <class N> struct GateProduct {
+  using Elem = typename N::Elem;
+  using Acc = typename N::Acc;
+  static constexpr bool kCanTransform = sizeof(Elem) == 4;
+  GateConvolution<N> input_conv, recurrent_conv;
+  bool transformed;
+  WinogradProduct<Acc> winograd; // empty unless transformed
+
+  explicit GateProduct(const ConvLSTM2dCall &call)
+      : input_conv(*call.input_conv, call.groups, call.in_channels / call.groups, call.channels / call.groups),
+        recurrent_conv(*call.recurrent_conv, call.groups, call.channels / call.groups, call.channels / call.groups),
+        transformed(kCanTransform && call.winograd.gates) {
+    if (transformed) {
+      const ConvolutionShape &x = call.input_conv->shape, &h = call.recurrent_conv->shape;
+      winograd.allocate(h.out_height, h.out_width, blocks().count(),
+                        {{call.in_channels, x.height, x.width, x.pad_top, x.pad_left},
+                         {call.channels, h.height, h.width, h.pad_top, h.pad_left}});
+    }
+  }
+
+  const Blocks &blocks() const { return recurrent_conv.blocks; }
+
+  // This thread's part of the weights. All threads call it; a barrier has to follow.
+  void pack(const ConvLSTM2dCall &call, int thread, int threads) {
+    input_conv.pack(call.weight_ih, call.dtype, call.channels, thread, threads);
+    recurrent_conv.pack(call.weight_hh, call.dtype, call.channels, thread, threads);
+    if constexpr (kCanTransform) {
+      if (transformed) {
+#pragma omp barrier
+        int64_t first = 0;
+        for (const GateConvolution<N> *conv : {&input_conv, &recurrent_conv}) {
+          winograd.pack(
+              conv->weights.get(), conv->block_stride(), [](int64_t) { return kVectors; }, first, conv->row.per_group,
+              false, thread, threads);
+          first += conv->row.per_group;
+        }
+      }
+    }
+  }
+
+  // This thread's part of the sums for `count` images: body(block, begin, end, sums) for pixels of the images laid end
+  // to end. x, h: rows of each image, null for zeros.
+  template <class Body>
+  void run(const Elem *const *x, const Elem *const *h, int64_t count, int thread, int threads,
+           const ProductScratch<N> &scratch, const WinogradScratch<Acc> &winograd_scratch, const Body &body) const {
+    if constexpr (kCanTransform) {
+      if (transformed) {
+        const Elem *const *images[kWinogradInputs] = {x, h};
+        winograd.for_pieces(images, count, thread, threads, winograd_scratch,
+                            [&](int64_t block, int64_t begin, int64_t end) {
+                              winograd.template run<kVectors>(
+                                  block, begin, end, winograd_scratch,
+                                  [&](Acc *sums, int64_t from, int64_t to) { body(block, from, to, sums); });
+                            });
+        return;
+      }
+    }
+    const Operand<N> operands[2] = {input_conv.operand(x), recurrent_conv.operand(h)};
+    const bool small = operands[0].whole && operands[1].whole;
+    const int64_t pixels = recurrent_conv.geometry.out_pixels;
+    for_pieces(blocks().count(), count, pixels, small, thread, threads, [&](int64_t block, int64_t begin, int64_t end) {
+      product<N, kVectors>(operands, 2, block, blocks().group(block), pixels, begin, end, scratch);
+      body(block, begin, end, scratch.sums.get());
+    });
   }
 };
 

@@ -22,14 +22,20 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Which products are transformed (winograd.h); for float32, both convolutions 3x3, stride 1, dilation 1, one group,
+// padded with zeros.
+struct WinogradChoice {
+  bool gates, to_h, to_input; // and in the backward, gradients of h and of the input
+};
+
 struct ConvLSTM2dCall {
   int64_t steps, batch, in_channels, channels, groups;
   DType dtype; // of all but the cell states, which are float for bfloat16
   Activation activation;
   bool reverse, pixel_peephole;
-  bool winograd; // for float32, both convolutions 3x3, stride 1, dilation 1, one group, padded with zeros
   int threads;
   std::shared_ptr<const Geometry> input_conv, recurrent_conv;
+  WinogradChoice winograd;
 
   Tensor input;      // (T, B, Cin, H, W)
   Tensor h_0, c_0;   // (B, C, Ho, Wo)

@@ -11,19 +11,31 @@ namespace {
 // Products with transposed weights: from dz of all gates to gradients of the channels that the gates read.
 template <class T> struct TransposedConvolution {
   static constexpr int L = kLanes<T>;
+  static constexpr bool kCanTransform = sizeof(T) == 4;
   const Geometry &geometry;
   Blocks blocks; // of input channels
   int64_t out_per_group;
-  Buffer<T> weights; // [block][tap][gate, channel][lane]
+  bool transformed;
+  Buffer<T> weights;           // [block][tap][gate, channel][lane]
+  WinogradProduct<T> winograd; // empty unless transformed
 
-  TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_)
-      : geometry(geometry_), blocks(groups, in_per_group, kVectors * L), out_per_group(out_per_group_) {}
+  TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_,
+                        bool transformed_)
+      : geometry(geometry_), blocks(groups, in_per_group, kVectors * L), out_per_group(out_per_group_),
+        transformed(kCanTransform && transformed_) {}
 
   int64_t block_stride() const { return int64_t(geometry.taps) * 4 * out_per_group * kVectors * L; }
   int vectors(int64_t block) const { return int((blocks.channels(block) + L - 1) / L); }
 
-  void allocate() { weights.allocate(blocks.count() * block_stride()); }
+  void allocate() {
+    weights.allocate(blocks.count() * block_stride());
+    const ConvolutionShape &s = geometry.shape;
+    if (transformed)
+      winograd.allocate(s.height, s.width, blocks.count(),
+                        {{4 * out_per_group, s.out_height, s.out_width, 2 - s.pad_top, 2 - s.pad_left}});
+  }
 
+  // This thread's part of the weights. All threads call it; a barrier has to follow.
   template <class From> void pack(const Tensor &weight, int64_t channels, int thread, int threads) {
     const int64_t taps = geometry.taps, kernel_w = geometry.shape.kernel_w;
     const Range range = part_of(blocks.count() * taps, thread, threads);
@@ -40,11 +52,56 @@ template <class T> struct TransposedConvolution {
             to[lane] = lane < lanes ? convert<T>(at[lane * weight.stride[1]]) : T{};
         }
     }
+    if constexpr (kCanTransform) {
+      if (transformed) {
+#pragma omp barrier
+        winograd.pack(
+            weights.get(), block_stride(), [&](int64_t block) { return vectors(block); }, 0, 4 * out_per_group, true,
+            thread, threads);
+      }
+    }
   }
 
-  // Sums for pixels begin .. end of the images laid end to end. images: dz rows of each, null for zeros.
-  void run(const T *const *images, int64_t block, int64_t begin, int64_t end,
-           const ProductScratch<Plain<T>> &scratch) const {
+  // This thread's part of the sums for all pixels of `count` images: body(block, begin, end, sums) for pixels of the
+  // images laid end to end. images: dz rows of each, null for zeros.
+  template <class Body>
+  void run(const T *const *images, int64_t count, int thread, int threads, const ProductScratch<Plain<T>> &scratch,
+           const WinogradScratch<T> &winograd_scratch, const Body &body) const {
+    if constexpr (kCanTransform) {
+      if (transformed) {
+        winograd.for_pieces(&images, count, thread, threads, winograd_scratch,
+                            [&](int64_t block, int64_t begin, int64_t end) {
+                              run_transformed(block, begin, end, winograd_scratch,
+                                              [&](T *sums, int64_t from, int64_t to) { body(block, from, to, sums); });
+                            });
+        return;
+      }
+    }
+    for_pieces(blocks.count(), count, geometry.in_pixels, false, thread, threads,
+               [&](int64_t block, int64_t begin, int64_t end) {
+                 run_direct(images, block, begin, end, scratch);
+                 body(block, begin, end, scratch.sums.get());
+               });
+  }
+
+private:
+  template <class Body>
+  void run_transformed(int64_t block, int64_t begin, int64_t end, const WinogradScratch<T> &scratch,
+                       const Body &body) const {
+    switch (vectors(block)) {
+    case 1:
+      return winograd.template run<1>(block, begin, end, scratch, body);
+    case 2:
+      return winograd.template run<2>(block, begin, end, scratch, body);
+    case 3:
+      return winograd.template run<3>(block, begin, end, scratch, body);
+    default:
+      return winograd.template run<4>(block, begin, end, scratch, body);
+    }
+  }
+
+  void run_direct(const T *const *images, int64_t block, int64_t begin, int64_t end,
+                  const ProductScratch<Plain<T>> &scratch) const {
     using N = Plain<T>;
     const int64_t group_row = 4 * out_per_group;
     const Operand<N> operand{images,
@@ -203,8 +260,8 @@ public:
         h_row_{call.groups, per_group_, per_group_}, cell_row_{1, channels_, channels_},
         input_rows_per_image_(int64_t(call.input_conv->in_pixels) + 1), h_rows_per_image_(pixels_ + 1),
         chunk_(larger(1, smaller(call.steps / 4, 3 * kPixelBlock / larger(1, batch_ * pixels_)))),
-        to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_),
-        to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
+        to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_, call.winograd.to_h),
+        to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_, call.winograd.to_input),
         weight_ih_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
         weight_hh_(*call.recurrent_conv, call.groups, per_group_, per_group_), lanes_(call.groups, per_group_, L),
         parameters_(call, lanes_), recompute_(call.gates == nullptr) {
@@ -242,25 +299,25 @@ public:
       peephole_sums_.allocate((call.pixel_peephole ? pixels_ : 1) * 3 * channels_);
       peephole_sums_.fill_zero();
     }
-    if (recompute_) {
-      new (&input_conv_) GateConvolution<N>(*call.input_conv, call.groups, input_row_.per_group, per_group_);
-      new (&recurrent_conv_) GateConvolution<N>(*call.recurrent_conv, call.groups, per_group_, per_group_);
-    }
+    if (recompute_)
+      new (&gates_) GateProduct<N>(call);
     find_predecessors();
   }
   Backward(const Backward &) = delete;
   Backward &operator=(const Backward &) = delete;
   ~Backward() {
-    if (recompute_) {
-      input_conv_.~GateConvolution<N>();
-      recurrent_conv_.~GateConvolution<N>();
-    }
+    if (recompute_)
+      gates_.~GateProduct<N>();
   }
 
   void run() {
     Buffer<ThreadState> states(call_.threads);
-    for (int k = 0; k < call_.threads; ++k)
+    const bool recompute_transformed = recompute_ && gates_.transformed;
+    for (int k = 0; k < call_.threads; ++k) {
       new (&states[k]) ThreadState(batch_, chunk_, larger(pixels_, 1));
+      if (recompute_transformed || to_h_.transformed || to_input_.transformed)
+        states[k].winograd.allocate(larger(4 * channels_, recompute_transformed ? gates_.winograd.depth : 0));
+    }
     run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
     for (int k = 0; k < call_.threads; ++k)
       states[k].~ThreadState();
@@ -270,6 +327,7 @@ private:
   // Where each sample's gradients come from. Every thread keeps its own copy.
   struct ThreadState {
     ProductScratch<N> scratch;
+    WinogradScratch<T> winograd;
     Buffer<bool> pending;               // (B), dh comes from dz of the following step
     Buffer<bool> from_end;              // (B), dh begins with grad_h_n
     Buffer<bool> has_dc;                // (B), dc_ is not all zero
@@ -333,10 +391,8 @@ private:
       if (call_.grad_input)
         to_input_.template pack<From>(call_.weight_ih, channels_, thread, threads);
     });
-    if (recompute_) {
-      input_conv_.pack(call_.weight_ih, call_.dtype, channels_, thread, threads);
-      recurrent_conv_.pack(call_.weight_hh, call_.dtype, channels_, thread, threads);
-    }
+    if (recompute_)
+      gates_.pack(call_, thread, threads);
     if (thread == 0 && recompute_) {
       zero_last_rows(input_rows_.get(), chunk_ * batch_, input_rows_per_image_, input_row_.size());
       zero_last_rows(h_rows_.get(), chunk_ * batch_, h_rows_per_image_, channels_);
@@ -423,36 +479,34 @@ private:
                               ? h_rows_.get() + index * h_rows_per_image_ * channels_
                               : nullptr;
     }
-    const Operand<N> operands[2] = {input_conv_.operand(state.images.get()),
-                                    recurrent_conv_.operand(state.h_images.get())};
-    const bool small = operands[0].whole && operands[1].whole;
     const Activation activation = call_.activation;
-    for_pieces(lanes_.count(), count, pixels_, small, thread, threads, [&](int64_t block, int64_t first, int64_t last) {
-      product<N, kVectors>(operands, 2, block, lanes_.group(block), pixels_, first, last, state.scratch);
-      const int lanes = int(lanes_.channels(block));
-      const int64_t channel = lanes_.group(block) * per_group_ + lanes_.first(block);
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t index = state.active[k / pixels_], pixel = k % pixels_;
-        const int64_t s = begin + index / batch_, b = index % batch_;
-        const T *z = state.scratch.sums.get() + (k - first) * 4 * L, *bias = parameters_.bias.get() + block * 4 * L;
-        Vec<T> gate[4];
-        for (int n = 0; n < 4; ++n)
-          gate[n] = load(z + n * L) + load(bias + n * L);
-        if (parameters_.has_peephole) {
-          const T *weights = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
-          const int64_t at = pixel * channels_ + channel;
-          if (const T *before = cells_before(s, b)) {
-            const Vec<T> c = load_first(before + at, lanes);
-            gate[0] = fma(load_first(weights, lanes), c, gate[0]);
-            gate[1] = fma(load_first(weights + channels_, lanes), c, gate[1]);
+    gates_.run(
+        state.images.get(), state.h_images.get(), count, thread, threads, state.scratch, state.winograd,
+        [&](int64_t block, int64_t first, int64_t last, const T *sums) {
+          const int lanes = int(lanes_.channels(block));
+          const int64_t channel = lanes_.group(block) * per_group_ + lanes_.first(block);
+          for (int64_t k = first; k < last; ++k) {
+            const int64_t index = state.active[k / pixels_], pixel = k % pixels_;
+            const int64_t s = begin + index / batch_, b = index % batch_;
+            const T *z = sums + (k - first) * 4 * L, *bias = parameters_.bias.get() + block * 4 * L;
+            Vec<T> gate[4];
+            for (int n = 0; n < 4; ++n)
+              gate[n] = load(z + n * L) + load(bias + n * L);
+            if (parameters_.has_peephole) {
+              const T *weights = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
+              const int64_t at = pixel * channels_ + channel;
+              if (const T *before = cells_before(s, b)) {
+                const Vec<T> c = load_first(before + at, lanes);
+                gate[0] = fma(load_first(weights, lanes), c, gate[0]);
+                gate[1] = fma(load_first(weights + channels_, lanes), c, gate[1]);
+              }
+              gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_first(cells(s, b) + at, lanes), gate[3]);
+            }
+            T *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
+            for (int n = 0; n < 4; ++n)
+              store_first(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]), lanes);
           }
-          gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_first(cells(s, b) + at, lanes), gate[3]);
-        }
-        T *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
-        for (int n = 0; n < 4; ++n)
-          store_first(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]), lanes);
-      }
-    });
+        });
   }
 
   void step(ThreadState &state, int64_t s, int thread, int threads) {
@@ -465,11 +519,10 @@ private:
         std::memcpy(dz_slot(s, b), dz_slot(s + 1, b), size_t(pixels_ * 4 * channels_) * sizeof(T));
       }
     }
-    for_pieces(to_h_.blocks.count(), count, pixels_, false, thread, threads,
-               [&](int64_t block, int64_t begin, int64_t end) {
-                 to_h_.run(state.images.get(), block, begin, end, state.scratch);
-                 cell_backward(state, s, block, begin, end);
-               });
+    to_h_.run(state.images.get(), count, thread, threads, state.scratch, state.winograd,
+              [&](int64_t block, int64_t begin, int64_t end, const T *sums) {
+                cell_backward(state, s, block, begin, end, sums);
+              });
     for (int64_t k = 0; k < count; ++k) {
       const int64_t b = state.active[k];
       const bool reset = flags_of(call_, s, b) & kFlagReset;
@@ -480,7 +533,7 @@ private:
 
   // From dh (the sums, grad_output, grad_h_n) and dc to dz and dc of the step before.
   __attribute__((noinline)) void cell_backward(const ThreadState &state, int64_t s, int64_t block, int64_t begin,
-                                               int64_t end) {
+                                               int64_t end, const T *sums) {
     using V = Vec<T>;
     const Activation activation = call_.activation;
     const int64_t group = to_h_.blocks.group(block), width = to_h_.vectors(block) * L;
@@ -497,7 +550,7 @@ private:
         const int lanes = int(smaller(L, to_h_.blocks.channels(block) - first));
         const int64_t in_group = to_h_.blocks.first(block) + first, channel = group * per_group_ + in_group;
         const int64_t at = group * 4 * per_group_ + in_group;
-        V dh = load(state.scratch.sums.get() + (k - begin) * width + first);
+        V dh = load(sums + (k - begin) * width + first);
         if (grad_output != nullptr)
           dh = dh + load_first(grad_output + row + channel, lanes);
         if (state.from_end[b])
@@ -651,27 +704,26 @@ private:
     for (int64_t k = 0; k < count; ++k)
       state.images[k] = dz_slot(begin + state.active[k] / batch_, state.active[k] % batch_);
     const Blocks &blocks = to_input_.blocks;
-    for_pieces(blocks.count(), count, in_pixels, false, thread, threads,
-               [&](int64_t block, int64_t first, int64_t last) {
-                 to_input_.run(state.images.get(), block, first, last, state.scratch);
-                 const int64_t channel = blocks.group(block) * blocks.per_group + blocks.first(block);
-                 const int64_t width = to_input_.vectors(block) * L;
-                 for (int64_t k = first; k < last;) {
-                   const int64_t index = state.active[k / in_pixels], pixel = k % in_pixels;
-                   const int64_t run = smaller(last - k, in_pixels - pixel);
-                   Io *to = data + frame_of(grad, time_of(call_, begin + index / batch_), index % batch_) +
-                            pixel * pixel_stride + channel * channel_stride;
-                   const T *sums = state.scratch.sums.get() + (k - first) * width;
-                   if (pixel_stride == 1) {
-                     transpose(to, channel_stride, sums, width, run, blocks.channels(block));
-                   } else {
-                     for (int64_t p = 0; p < run; ++p)
-                       for (int64_t c = 0; c < blocks.channels(block); ++c)
-                         to[p * pixel_stride + c * channel_stride] = convert<Io>(sums[p * width + c]);
-                   }
-                   k += run;
-                 }
-               });
+    to_input_.run(state.images.get(), count, thread, threads, state.scratch, state.winograd,
+                  [&](int64_t block, int64_t first, int64_t last, const T *sums_of_pixels) {
+                    const int64_t channel = blocks.group(block) * blocks.per_group + blocks.first(block);
+                    const int64_t width = to_input_.vectors(block) * L;
+                    for (int64_t k = first; k < last;) {
+                      const int64_t index = state.active[k / in_pixels], pixel = k % in_pixels;
+                      const int64_t run = smaller(last - k, in_pixels - pixel);
+                      Io *to = data + frame_of(grad, time_of(call_, begin + index / batch_), index % batch_) +
+                               pixel * pixel_stride + channel * channel_stride;
+                      const T *sums = sums_of_pixels + (k - first) * width;
+                      if (pixel_stride == 1) {
+                        transpose(to, channel_stride, sums, width, run, blocks.channels(block));
+                      } else {
+                        for (int64_t p = 0; p < run; ++p)
+                          for (int64_t c = 0; c < blocks.channels(block); ++c)
+                            to[p * pixel_stride + c * channel_stride] = convert<Io>(sums[p * width + c]);
+                      }
+                      k += run;
+                    }
+                  });
   }
 
   // Gradients of the initial state, and what was summed over the chunks.
@@ -680,18 +732,17 @@ private:
     if (call_.grad_h_0) {
       for (int64_t b = 0; b < batch_; ++b)
         state.images[b] = state.pending[b] ? dz_slot(0, b) : nullptr;
-      for_pieces(to_h_.blocks.count(), batch_, pixels_, false, thread, threads,
-                 [&](int64_t block, int64_t begin, int64_t end) {
-                   to_h_.run(state.images.get(), block, begin, end, state.scratch);
-                   const int64_t width = to_h_.vectors(block) * L;
-                   const int64_t channel = to_h_.blocks.group(block) * per_group_ + to_h_.blocks.first(block);
-                   for (int64_t k = begin; k < end; ++k)
-                     for (int64_t c = 0; c < to_h_.blocks.channels(block); ++c) {
-                       const int64_t at = k * channels_ + channel + c;
-                       const T end_gradient = state.from_end[k / pixels_] ? grad_h_n_rows_[at] : T{};
-                       dh_0_rows_[at] = state.scratch.sums[(k - begin) * width + c] + end_gradient;
-                     }
-                 });
+      to_h_.run(state.images.get(), batch_, thread, threads, state.scratch, state.winograd,
+                [&](int64_t block, int64_t begin, int64_t end, const T *sums) {
+                  const int64_t width = to_h_.vectors(block) * L;
+                  const int64_t channel = to_h_.blocks.group(block) * per_group_ + to_h_.blocks.first(block);
+                  for (int64_t k = begin; k < end; ++k)
+                    for (int64_t c = 0; c < to_h_.blocks.channels(block); ++c) {
+                      const int64_t at = k * channels_ + channel + c;
+                      const T end_gradient = state.from_end[k / pixels_] ? grad_h_n_rows_[at] : T{};
+                      dh_0_rows_[at] = sums[(k - begin) * width + c] + end_gradient;
+                    }
+                });
 #pragma omp barrier
       unpack_frames<T>([&](int64_t b) { return dh_0_rows_.get() + b * pixels_ * channels_; }, cell_row_,
                        call_.grad_h_0.data, call_.dtype, call_.grad_h_0.stride + 1, width_, pixels_, batch_,
@@ -734,10 +785,7 @@ private:
   CellParameters<T> parameters_;
   bool recompute_, needs_input_rows_, needs_h_rows_;
   union { // there only if recompute_
-    GateConvolution<N> input_conv_;
-  };
-  union {
-    GateConvolution<N> recurrent_conv_;
+    GateProduct<N> gates_;
   };
   Buffer<int64_t> predecessor_;   // (T, B)
   Buffer<T> input_rows_, h_rows_; // (chunk, B, pixels, channels)

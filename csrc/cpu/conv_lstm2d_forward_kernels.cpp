@@ -1,7 +1,6 @@
 // Forward of the ConvLSTM (Courtney & Sreenivas, eq. 1; peepholes: Shi et al. 2015, eq. 3). Per timestep one product
 // over the taps of both convolutions; the cell update follows while the sums are in the cache.
 #include "cell.h"
-#include "winograd.h"
 
 namespace fused_convlstm {
 namespace FC_ISA {
@@ -13,32 +12,24 @@ template <class N, class Io> class Forward {
   using Elem = typename N::Elem;
   using Acc = typename N::Acc;
   static constexpr int L = kLanes<Acc>;
-  static constexpr bool kCanTransform = sizeof(Elem) == 4 && sizeof(Io) == 4;
 
 public:
   explicit Forward(const ConvLSTM2dForward &call)
-      : call_(call), in_per_group_(call.in_channels / call.groups), per_group_(call.channels / call.groups),
-        pixels_(call.recurrent_conv->out_pixels), width_(call.recurrent_conv->shape.out_width),
-        input_conv_(*call.input_conv, call.groups, in_per_group_, per_group_),
-        recurrent_conv_(*call.recurrent_conv, call.groups, per_group_, per_group_),
-        parameters_(call, recurrent_conv_.blocks), cell_row_{1, call.channels, call.channels} {
+      : call_(call), per_group_(call.channels / call.groups), pixels_(call.recurrent_conv->out_pixels),
+        width_(call.recurrent_conv->shape.out_width), product_(call), input_conv_(product_.input_conv),
+        recurrent_conv_(product_.recurrent_conv), parameters_(call, product_.blocks()),
+        cell_row_{1, call.channels, call.channels} {
     input_rows_.allocate(2 * call.batch * input_conv_.image_rows() * input_conv_.row.size());
     h_rows_.allocate(2 * call.batch * recurrent_conv_.image_rows() * recurrent_conv_.row.size());
     cell_rows_.allocate(call.batch * pixels_ * call.channels);
-    if (call.winograd) {
-      const ConvolutionShape &in = call.input_conv->shape, &hidden = call.recurrent_conv->shape;
-      winograd_.allocate(in.out_height, in.out_width, call.in_channels + call.channels, recurrent_conv_.blocks.count());
-      input_windows_.allocate(in.out_height, in.out_width, in.height, in.width, in.pad_top, in.pad_left);
-      h_windows_.allocate(in.out_height, in.out_width, hidden.height, hidden.width, hidden.pad_top, hidden.pad_left);
-    }
   }
 
   void run() {
     Buffer<ThreadState> states(call_.threads);
     for (int k = 0; k < call_.threads; ++k) {
       new (&states[k]) ThreadState(call_.batch);
-      if (call_.winograd)
-        states[k].winograd.allocate(winograd_);
+      if (product_.transformed)
+        states[k].winograd.allocate(product_.winograd.depth);
     }
     run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
     for (int k = 0; k < call_.threads; ++k)
@@ -49,7 +40,7 @@ private:
   // Where each sample's state is. Every thread keeps its own copy, so that none waits for another to update it.
   struct ThreadState {
     ProductScratch<N> scratch;
-    typename WinogradProduct<Acc>::Scratch winograd;
+    WinogradScratch<Acc> winograd;
     Buffer<const Elem *> h;                  // (B), rows of the current state; null: zeros
     Buffer<const Acc *> c;                   // (B)
     Buffer<int> parity;                      // (B), which half of h_rows_ is written next
@@ -93,8 +84,7 @@ private:
         h_rows_.fill_zero();
 #pragma omp barrier
     }
-    input_conv_.pack(call_.weight_ih, call_.dtype, call_.channels, thread, threads);
-    recurrent_conv_.pack(call_.weight_hh, call_.dtype, call_.channels, thread, threads);
+    product_.pack(call_, thread, threads);
     if (thread == 0) {
       zero_last_rows(input_rows_.get(), 2 * batch, input_conv_.image_rows(), input_conv_.row.size());
       zero_last_rows(h_rows_.get(), 2 * batch, recurrent_conv_.image_rows(), recurrent_conv_.row.size());
@@ -108,10 +98,6 @@ private:
                   pixels_, batch, thread, threads, [&](int64_t b) { return frame_of(call_.c_0, b); });
     pack_input(0, thread, threads);
 #pragma omp barrier
-    if (call_.winograd) {
-      pack_winograd(thread, threads);
-#pragma omp barrier
-    }
     for (int64_t b = 0; b < batch; ++b) {
       state.h[b] = call_.h_0 ? h_slot(b, 0) : nullptr;
       state.c[b] = call_.c_0 ? cell_rows_.get() + b * pixels_ * call_.channels : nullptr;
@@ -152,42 +138,9 @@ private:
       state.parity[b] ^= 1;
       ++count;
     }
-    const Blocks &blocks = recurrent_conv_.blocks;
-    if constexpr (kCanTransform) {
-      if (call_.winograd) {
-        const WinogradInput<Acc> inputs[2] = {
-            {&input_windows_, state.x_images.get(), input_conv_.row.size(), call_.in_channels},
-            {&h_windows_, state.h_images.get(), recurrent_conv_.row.size(), call_.channels}};
-        winograd_.for_pieces(inputs, 2, blocks.count(), count, thread, threads, state.winograd,
-                             [&](int64_t block, int64_t begin, int64_t end) {
-                               winograd_.template run<kVectors>(block, begin, end, state.winograd,
-                                                                [&](Acc *sums, int64_t from, int64_t to) {
-                                                                  update_cells(state, t, block, from, to, sums);
-                                                                });
-                             });
-        return;
-      }
-    }
-    const Operand<N> operands[2] = {input_conv_.operand(state.x_images.get()),
-                                    recurrent_conv_.operand(state.h_images.get())};
-    const bool small = operands[0].whole && operands[1].whole;
-    for_pieces(blocks.count(), count, pixels_, small, thread, threads, [&](int64_t block, int64_t begin, int64_t end) {
-      product<N, kVectors>(operands, 2, block, blocks.group(block), pixels_, begin, end, state.scratch);
-      update_cells(state, t, block, begin, end, state.scratch.sums.get());
-    });
-  }
-
-  // The transformed weights, from those packed for the direct convolutions.
-  void pack_winograd(int thread, int threads) const {
-    if constexpr (kCanTransform) {
-      int64_t first = 0;
-      for (const GateConvolution<N> *conv : {&input_conv_, &recurrent_conv_}) {
-        winograd_.pack(
-            conv->weights.get(), conv->block_stride(), conv->blocks.count(), [](int64_t) { return kVectors; }, first,
-            conv->row.per_group, false, thread, threads);
-        first += conv->row.per_group;
-      }
-    }
+    product_.run(
+        state.x_images.get(), state.h_images.get(), count, thread, threads, state.scratch, state.winograd,
+        [&](int64_t block, int64_t begin, int64_t end, Acc *sums) { update_cells(state, t, block, begin, end, sums); });
   }
 
   // A step past the end of sample b: the state stays, the output is zero.
@@ -285,12 +238,11 @@ private:
   }
 
   const ConvLSTM2dForward &call_;
-  int64_t in_per_group_, per_group_, pixels_, width_;
-  GateConvolution<N> input_conv_, recurrent_conv_;
+  int64_t per_group_, pixels_, width_;
+  GateProduct<N> product_;
+  const GateConvolution<N> &input_conv_, &recurrent_conv_;
   CellParameters<Acc> parameters_;
   Row cell_row_;
-  WinogradProduct<Acc> winograd_; // empty unless call_.winograd
-  Windows input_windows_, h_windows_;
   Buffer<Elem> input_rows_; // two frames of all samples: the one that is read and the next
   Buffer<Elem> h_rows_;     // before and after the step
   Buffer<Acc> cell_rows_;   // c_0, then c unless every step's c is saved

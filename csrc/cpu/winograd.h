@@ -121,44 +121,61 @@ template <class T, int P, int NV, class... Args> static FC_INLINE void position_
     position_tail<T, P - 1, NV>(left, sums, args...);
 }
 
-// The pixels of its input that each window of a convolution with stride 1 reads.
-struct Windows {
-  Buffer<int32_t> pixels; // [tile][4 * 4], -1 for a zero
+// One of the convolutions that are summed, by its input. Stride 1; the padding is zeros, and may be negative.
+struct WinogradInput {
+  int64_t channels, height, width, pad_top, pad_left;
+};
+constexpr int kWinogradInputs = 2; // at most
 
-  void allocate(int64_t out_height, int64_t out_width, int64_t in_height, int64_t in_width, int64_t pad_top,
-                int64_t pad_left) {
-    const int64_t rows = (out_height + 1) / 2, columns = (out_width + 1) / 2;
-    pixels.allocate(rows * columns * kPositions);
-    for (int64_t k = 0; k < rows * columns * kPositions; ++k) {
-      const int64_t tile = k / kPositions, position = k % kPositions;
-      const int64_t y = tile / columns * 2 + position / 4 - pad_top, x = tile % columns * 2 + position % 4 - pad_left;
-      const bool inside = y >= 0 && y < in_height && x >= 0 && x < in_width;
-      pixels[k] = inside ? int32_t(y * in_width + x) : -1;
-    }
+// A thread's scratch memory.
+template <class T> struct WinogradScratch {
+  // From one tile's sums to the next; they begin in different sets of the cache.
+  static constexpr int64_t kTile = (kPositions * kVectors + 1) * kLanes<T>;
+  Buffer<T> windows; // [position][tile][depth]
+  Buffer<T> sums;    // [tile][position][vectors * lanes]
+  Buffer<T> outputs; // [2][pixel][vectors * lanes]
+
+  // From one position's windows to the next; likewise.
+  static int64_t plane(int64_t depth) { return kPieceTiles * depth + kLanes<T>; }
+  void allocate(int64_t depth) {
+    windows.allocate(kPositions * plane(depth));
+    sums.allocate(kPieceTiles * kTile);
+    outputs.allocate(4 * kRunTiles * kVectors * kLanes<T>);
   }
 };
 
-// One of the inputs whose convolutions are summed.
-template <class T> struct WinogradInput {
-  const Windows *windows;
-  const T *const *images; // rows of each image; null: all zeros
-  int64_t row;            // elements of a pixel's row
-  int64_t channels;
-};
-
-// The sum of convolutions over all channels (`depth`) of their inputs.
+// The sum of convolutions over all channels (`depth`) of their inputs, whose rows have no padding.
 template <class T> struct WinogradProduct {
   static constexpr int L = kLanes<T>;
-  int64_t height, width, rows, columns, depth; // of the outputs, in pixels; in tiles; channels
-  Buffer<T> weights;                           // [block][position][depth][vectors * L]
-  Buffer<T> zeros;                             // (depth)
+  int64_t height, width, rows, columns; // of the outputs, in pixels and in tiles
+  int64_t blocks, depth;
+  int input_count;
+  WinogradInput inputs[kWinogradInputs];
+  Buffer<int32_t> pixels[kWinogradInputs]; // [tile][4 * 4]: the pixels that a window reads, -1 for a zero
+  Buffer<T> weights;                       // [block][position][depth][vectors * L]
+  Buffer<T> zeros;                         // (depth)
 
-  void allocate(int64_t height_, int64_t width_, int64_t depth_, int64_t blocks) {
+  template <int kCount>
+  void allocate(int64_t height_, int64_t width_, int64_t blocks_, const WinogradInput (&inputs_)[kCount]) {
     height = height_;
     width = width_;
     rows = (height + 1) / 2;
     columns = (width + 1) / 2;
-    depth = depth_;
+    blocks = blocks_;
+    depth = 0;
+    input_count = kCount;
+    for (int n = 0; n < kCount; ++n) {
+      const WinogradInput &input = inputs[n] = inputs_[n];
+      depth += input.channels;
+      pixels[n].allocate(tiles() * kPositions);
+      for (int64_t k = 0; k < tiles() * kPositions; ++k) {
+        const int64_t tile = k / kPositions, position = k % kPositions;
+        const int64_t y = tile / columns * 2 + position / 4 - input.pad_top;
+        const int64_t x = tile % columns * 2 + position % 4 - input.pad_left;
+        const bool inside = y >= 0 && y < input.height && x >= 0 && x < input.width;
+        pixels[n][k] = inside ? int32_t(y * input.width + x) : -1;
+      }
+    }
     weights.allocate(blocks * block_stride());
     zeros.allocate(depth);
     zeros.fill_zero();
@@ -166,51 +183,36 @@ template <class T> struct WinogradProduct {
 
   int64_t tiles() const { return rows * columns; } // of an image
   int64_t block_stride() const { return kPositions * depth * kVectors * L; }
-  // Elements from one position of the transformed windows to the next; they begin in different sets of the cache.
-  int64_t plane() const { return kPieceTiles * depth + L; }
 
-  // A thread's scratch memory.
-  struct Scratch {
-    static constexpr int64_t kTile = (kPositions * kVectors + 1) * L; // likewise
-    Buffer<T> windows;                                                // [position][tile][depth]
-    Buffer<T> sums;                                                   // [tile][position][vectors * L]
-    Buffer<T> outputs;                                                // [2][pixel][vectors * L]
-
-    void allocate(const WinogradProduct &product) {
-      windows.allocate(kPositions * product.plane());
-      sums.allocate(kPieceTiles * kTile);
-      outputs.allocate(4 * kRunTiles * kVectors * L);
-    }
-  };
-
-  // This thread's part of the weights of the channels first .. first + count, from [block][tap][count][vectors * L].
-  // vectors(block): how many there are. `flipped`: for the transposed convolution.
+  // This thread's part of the weights of an input whose channels begin at `first`, from [block][tap][channel]
+  // [vectors * L]. vectors(block): how many there are. `flipped`: for the transposed convolution.
   template <class Vectors>
-  void pack(const T *packed, int64_t packed_block_stride, int64_t blocks, const Vectors &vectors, int64_t first,
-            int64_t count, bool flipped, int thread, int threads) const {
-    const Range range = part_of(blocks * count, thread, threads);
+  void pack(const T *packed, int64_t packed_block_stride, const Vectors &vectors, int64_t first, int64_t channels,
+            bool flipped, int thread, int threads) const {
+    const Range range = part_of(blocks * channels, thread, threads);
     for (int64_t k = range.begin; k < range.end; ++k) {
-      const int64_t block = k / count, channel = k % count, lanes = vectors(block) * L;
+      const int64_t block = k / channels, channel = k % channels, lanes = vectors(block) * L;
       const T *from = packed + block * packed_block_stride + channel * lanes;
       T *to = weights.get() + block * block_stride() + (first + channel) * lanes;
       for (int64_t v = 0; v < lanes; v += L)
-        transform_taps(to + v, depth * lanes, from + v, count * lanes, flipped);
+        transform_taps(to + v, depth * lanes, from + v, channels * lanes, flipped);
     }
   }
 
-  // This thread's part of the outputs of all images, in pieces of up to kPieceTiles tiles of the images laid end to
-  // end and one block: body(block, begin, end), with the windows of the tiles in the scratch memory.
+  // This thread's part of the outputs of `count` images, in pieces of up to kPieceTiles tiles of the images laid end to
+  // end and one block: body(block, begin, end), with the windows of the tiles in the scratch memory. images[n]: rows
+  // of each image of input n, null for zeros.
   template <class Body>
-  void for_pieces(const WinogradInput<T> *inputs, int input_count, int64_t blocks, int64_t images, int thread,
-                  int threads, const Scratch &scratch, const Body &body) const {
-    const int64_t total = images * tiles(), units = (total + kUnitTiles - 1) / kUnitTiles;
+  void for_pieces(const T *const *const *images, int64_t count, int thread, int threads,
+                  const WinogradScratch<T> &scratch, const Body &body) const {
+    const int64_t total = count * tiles(), units = (total + kUnitTiles - 1) / kUnitTiles;
     const int64_t pieces = (total + kPieceTiles - 1) / kPieceTiles;
     const Range range = part_of(pieces * blocks, thread, threads);
     for (int64_t k = range.begin; k < range.end;) {
       const int64_t piece = k / blocks;
-      const Range piece_units = part_of(units, int(piece), int(pieces));
-      const int64_t begin = piece_units.begin * kUnitTiles, end = smaller(total, piece_units.end * kUnitTiles);
-      transform(inputs, input_count, begin, end, scratch.windows.get());
+      const int64_t begin = units * piece / pieces * kUnitTiles;
+      const int64_t end = smaller(total, units * (piece + 1) / pieces * kUnitTiles);
+      transform(images, begin, end, scratch.windows.get());
       for (; k < smaller(range.end, (piece + 1) * blocks); ++k)
         body(k - piece * blocks, begin, end);
     }
@@ -218,11 +220,11 @@ template <class T> struct WinogradProduct {
 
   // Outputs of a piece that for_pieces gave. Calls body(sums, begin, end) with each run of neighbouring pixels.
   template <int NV, class Body>
-  void run(int64_t block, int64_t begin, int64_t end, const Scratch &scratch, const Body &body) const {
+  void run(int64_t block, int64_t begin, int64_t end, const WinogradScratch<T> &scratch, const Body &body) const {
     constexpr int64_t kWidth = NV * L;
     constexpr int P = kTilePixels<NV>;
     const T *panel = weights.get() + block * block_stride(), *window = scratch.windows.get();
-    for (int position = 0; position < kPositions; ++position, panel += depth * kWidth, window += plane()) {
+    for (int position = 0; position < kPositions; ++position, panel += depth * kWidth, window += scratch.plane(depth)) {
       T *sums = scratch.sums.get() + position * kWidth;
       int64_t k = 0;
       for (; k + P <= end - begin; k += P)
@@ -248,23 +250,24 @@ template <class T> struct WinogradProduct {
 
 private:
   // Windows of the tiles begin .. end of the images laid end to end.
-  void transform(const WinogradInput<T> *inputs, int input_count, int64_t begin, int64_t end, T *to) const {
+  void transform(const T *const *const *images, int64_t begin, int64_t end, T *to) const {
+    const int64_t plane = WinogradScratch<T>::plane(depth);
     for (int64_t k = begin; k < end; ++k) {
       const int64_t image = k / tiles(), tile = k % tiles();
       for (int n = 0; n < input_count; ++n) {
-        const WinogradInput<T> &input = inputs[n];
-        if (const T *data = input.images[image]) {
-          const T *pixels[kPositions];
+        const int64_t channels = inputs[n].channels;
+        if (const T *data = images[n][image]) {
+          const T *window[kPositions];
           for (int j = 0; j < kPositions; ++j) {
-            const int32_t pixel = input.windows->pixels[tile * kPositions + j];
-            pixels[j] = pixel < 0 ? zeros.get() : data + pixel * input.row;
+            const int32_t pixel = pixels[n][tile * kPositions + j];
+            window[j] = pixel < 0 ? zeros.get() : data + pixel * channels;
           }
-          transform_window(to, plane(), pixels, input.channels);
+          transform_window(to, plane, window, channels);
         } else {
           for (int j = 0; j < kPositions; ++j)
-            std::memset(static_cast<void *>(to + j * plane()), 0, size_t(input.channels) * sizeof(T));
+            std::memset(static_cast<void *>(to + j * plane), 0, size_t(channels) * sizeof(T));
         }
-        to += input.channels;
+        to += channels;
       }
     }
   }

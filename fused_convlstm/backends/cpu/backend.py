@@ -97,9 +97,9 @@ class CpuBackend(Backend):
         frames = (input.size(0), input.size(1), *size)
         gates = input.new_empty((*frames, 4 * channels) if save == SAVE_GATES else (0,))
         cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
-        transformed = winograd.chosen(input, weight_ih, weight_hh, options, size)
-        if transformed:
-            registry.note("cpu: 3x3 convolutions by Winograd's F(2x2, 3x3)")
+        transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
+        if transformed.gates:
+            registry.note("cpu: gates by Winograd's F(2x2, 3x3)")
         _cpu.conv_lstm2d(
             _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, output),
@@ -135,8 +135,11 @@ class CpuBackend(Backend):
             for k, (tensor, needed) in enumerate(zip(tensors, needs, strict=True))
         )
         size = (output.size(3), output.size(4))
+        transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
+        if transformed.to_h or transformed.to_input:
+            registry.note("cpu: gradients of h or of the input by Winograd's F(2x2, 3x3)")
         _cpu.conv_lstm2d_backward(
-            _sizes(input, weight_ih, weight_hh, peephole, size, options, False),
+            _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(*tensors, step_flags, output),
             gates.data_ptr(),
             cells.data_ptr(),
@@ -166,7 +169,7 @@ def _sizes(
     peephole: Tensor | None,
     size: tuple[int, int],
     options: ConvLSTMOptions,
-    transformed: bool,
+    transformed: winograd.Choice,
 ) -> list[int]:
     """All numbers of a call in the order in which csrc/cpu/conv_lstm2d.cpp reads them."""
     o = options
@@ -177,5 +180,5 @@ def _sizes(
         peephole is not None and peephole.dim() == 4, torch.get_num_threads(), PADDING_MODES[o.padding_mode],
         *input.shape[3:], *size, *weight_ih.shape[2:], *o.stride, o.padding[0], o.padding[2], *o.dilation,
         *size, *size, *weight_hh.shape[2:], 1, 1, recurrent_padding[0], recurrent_padding[2], *o.recurrent_dilation,
-        transformed,
+        *transformed,
     ]  # fmt: skip

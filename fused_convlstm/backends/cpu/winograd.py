@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def _connections(out_size: int, in_size: int, padding: int) -> int:
 
 
 def _is_faster(
-    inputs: tuple[tuple[int, int, int, int, int], ...],  # channels, H, W, padding at the top and at the left of each
+    inputs: tuple[tuple[int, ...], ...],  # channels, H, W, padding at the top and at the left of each
     out_channels: int,
     out_size: tuple[int, int],
     images: int,  # of the whole sequence, which share the transformed weights
@@ -100,6 +101,14 @@ def _applies(dtype: torch.dtype, kernels: tuple[torch.Size, ...], options: ConvL
     )
 
 
+class Choice(NamedTuple):
+    """Which products of a call are computed so."""
+
+    gates: bool
+    to_h: bool = False  # in the backward pass: gradient of h
+    to_input: bool = False
+
+
 @lru_cache(maxsize=256)
 def _choose(
     mode: str,
@@ -109,19 +118,25 @@ def _choose(
     weight_hh: torch.Size,
     options: ConvLSTMOptions,
     state_size: tuple[int, int],
-) -> bool:
+) -> Choice:
     if mode == NEVER or not _applies(dtype, (weight_ih, weight_hh), options):
-        return False
+        return Choice(False)
     if mode == ALWAYS:
-        return True
-    steps, batch, in_channels, height, width = input
-    channels = weight_hh[1]
-    inputs = ((in_channels, height, width, options.padding[0], options.padding[2]), (channels, *state_size, 1, 1))
-    return _is_faster(inputs, 4 * channels, state_size, steps * batch)
+        return Choice(True, True, True)
+    steps, batch, in_channels, *input_size = input
+    channels, images = weight_hh[1], steps * batch
+    top, left = options.padding[0], options.padding[2]
+    x, h = (in_channels, *input_size, top, left), (channels, *state_size, 1, 1)
+    dz_to_h, dz_to_input = (4 * channels, *state_size, 1, 1), (4 * channels, *state_size, 2 - top, 2 - left)
+    return Choice(
+        _is_faster((x, h), 4 * channels, state_size, images),
+        _is_faster((dz_to_h,), channels, state_size, images),
+        _is_faster((dz_to_input,), in_channels, (input_size[0], input_size[1]), images),
+    )
 
 
-def chosen(
+def choose(
     input: Tensor, weight_ih: Tensor, weight_hh: Tensor, options: ConvLSTMOptions, state_size: tuple[int, int]
-) -> bool:
-    """Whether this call's gates are computed so."""
+) -> Choice:
+    """What to compute so in this call, by the mode and the cost model."""
     return _choose(current_mode(), input.dtype, input.shape, weight_ih.shape, weight_hh.shape, options, state_size)
