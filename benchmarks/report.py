@@ -13,6 +13,8 @@ import torch
 
 import fused_convlstm
 
+WINOGRAD = "fused, Winograd"  # with use_winograd("auto")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -21,7 +23,7 @@ class Measurement:
     cell: str  # "conv_lstm2d", "pooled_gate_conv_lstm2d"
     task: str  # "inference float32", "inference bfloat16", "training float32"
     shape: str
-    implementation: str  # "fused", "fused, gates recomputed", "eager", "channels_last", "compile"
+    implementation: str  # "fused", "fused, Winograd", "fused, gates recomputed", "eager", "channels_last", "compile"
     median_ms: float
     p20_ms: float
     p80_ms: float
@@ -70,8 +72,10 @@ def _table(cell: str, task: str, shapes: dict[str, dict[str, Measurement]]) -> s
     training = task.startswith("training")
     header = ["shape", "fused ms", "strongest peer ms", "ratio", "floor ms", "share of floor"]
     header += ["recomputed ms", "memory", "recomputed"] if training else []
+    winograd = any(WINOGRAD in by_name for by_name in shapes.values())
+    header += ["Winograd ms", "ratio"] if winograd else []
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    ratios = []
+    ratios, winograd_ratios = [], []
     for shape, by_name in shapes.items():
         fused = by_name["fused"]
         peers = {name: m for name, m in by_name.items() if not name.startswith("fused")}
@@ -89,8 +93,13 @@ def _table(cell: str, task: str, shapes: dict[str, dict[str, Measurement]]) -> s
         if training:
             recomputed = by_name["fused, gates recomputed"]
             row += [f"{recomputed.median_ms:.3g}", _memory_ratio(fused, peers), _memory_ratio(recomputed, peers)]
-        rows.append(row)
+        if WINOGRAD in by_name:
+            winograd_ratios.append(peers[strongest].median_ms / by_name[WINOGRAD].median_ms)
+            row += [f"{by_name[WINOGRAD].median_ms:.3g}", f"{winograd_ratios[-1]:.2f}"]
+        rows.append(row + [""] * (len(header) - len(row)))
     rows.append(["geometric mean", "", "", f"{geometric_mean(ratios):.2f}"] + [""] * (len(header) - 4))
+    if winograd:
+        rows[-1][-1] = f"{geometric_mean(winograd_ratios):.2f}"
     body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"{cell}, {task}\n\n{body}"
 

@@ -16,7 +16,7 @@ from report import Measurement
 from shapes import POOLED_GATE_SHAPES, SHAPES, Shape
 from torch import Tensor, nn
 
-from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d, explain
+from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d, explain, use_winograd
 
 TASKS = {
     "inference float32": torch.float32,
@@ -88,13 +88,15 @@ def make_runner(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], traini
 
 
 # The topmost varies fastest: what is compared runs one after the other.
-@pytest.mark.parametrize("name", ["fused", "fused, gates recomputed", *PEERS])
+@pytest.mark.parametrize("name", ["fused", "fused, Winograd", "fused, gates recomputed", *PEERS])
 @pytest.mark.parametrize(("cell", "shape"), CASES, ids=[f"{cell}-{shape.name}" for cell, shape in CASES])
 @pytest.mark.parametrize("task", TASKS)
 def test_cpu(name: str, cell: str, shape: Shape, task: str, benchmark: Any, record: list[Measurement]) -> None:
     training, dtype = task.startswith("training"), TASKS[task]
     if name == "fused, gates recomputed" and not training:
         pytest.skip("only training keeps gates")
+    if name == "fused, Winograd" and not (cell == "conv_lstm2d" and dtype == torch.float32 and shape.kernel == 3):
+        pytest.skip("only for 3x3 kernels in float32")
     torch._dynamo.reset()
     fused = make_fused(cell, shape, dtype, name == "fused, gates recomputed")
     inputs = make_input(shape, dtype, training)
@@ -102,14 +104,14 @@ def test_cpu(name: str, cell: str, shape: Shape, task: str, benchmark: Any, reco
     if name == "channels_last":
         inputs = (channels_last(inputs[0].detach()).requires_grad_(training), *map(channels_last, inputs[1:]))
     runner = make_runner(module, inputs, training)
-    output = runner()
     expected = forward(fused, *make_input(shape, dtype, False)).detach()
-    torch.testing.assert_close(output, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0.01)
-    backend = explain(runner).backends[0] if name.startswith("fused") else None
-    peak = peak_memory_mib(runner) if training else None
-    rounds = max(5, min(200, int(1.5 / _seconds(runner))))
-    benchmark.group = f"{cell} {task} {shape.name}"
-    benchmark.pedantic(runner, rounds=rounds, warmup_rounds=1)
+    with use_winograd("auto" if name == "fused, Winograd" else "never"):
+        torch.testing.assert_close(runner(), expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0.01)
+        backend = explain(runner).backends[0] if name.startswith("fused") else None
+        peak = peak_memory_mib(runner) if training else None
+        rounds = max(5, min(200, int(1.5 / _seconds(runner))))
+        benchmark.group = f"{cell} {task} {shape.name}"
+        benchmark.pedantic(runner, rounds=rounds, warmup_rounds=1)
     times = sorted(1000 * t for t in benchmark.stats.stats.data)
     flops = shape.flops if cell == "conv_lstm2d" else shape.pooled_gate_flops
     record.append(

@@ -40,32 +40,38 @@ static FC_INLINE void transform_taps(T *to, int64_t position_stride, const T *fr
   }
 }
 
-// Transformed window: to[position * position_stride + channel] from the 16 pixels.
+// Transformed window of the first `lanes` channels: to[position * position_stride + channel] from the 16 pixels.
+template <class T>
+static FC_INLINE void transform_channels(T *to, int64_t position_stride, const T *const *pixels, int64_t channel,
+                                         int lanes) {
+  using V = Vec<T>;
+  V rows[4][4];
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; ++x) {
+    const V a = load_first(pixels[x] + channel, lanes), b = load_first(pixels[4 + x] + channel, lanes);
+    const V d = load_first(pixels[8 + x] + channel, lanes), e = load_first(pixels[12 + x] + channel, lanes);
+    rows[0][x] = a - d;
+    rows[1][x] = b + d;
+    rows[2][x] = d - b;
+    rows[3][x] = b - e;
+  }
+  to += channel;
+#pragma GCC unroll 4
+  for (int y = 0; y < 4; ++y, to += 4 * position_stride) {
+    store_first(to, rows[y][0] - rows[y][2], lanes);
+    store_first(to + position_stride, rows[y][1] + rows[y][2], lanes);
+    store_first(to + 2 * position_stride, rows[y][2] - rows[y][1], lanes);
+    store_first(to + 3 * position_stride, rows[y][1] - rows[y][3], lanes);
+  }
+}
 template <class T>
 static __attribute__((noinline)) void transform_window(T *to, int64_t position_stride, const T *const *pixels,
                                                        int64_t channels) {
-  using V = Vec<T>;
-  for (int64_t c = 0; c < channels; c += kLanes<T>) {
-    const int lanes = int(smaller(kLanes<T>, channels - c));
-    V rows[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      const V a = load_first(pixels[x] + c, lanes), b = load_first(pixels[4 + x] + c, lanes);
-      const V d = load_first(pixels[8 + x] + c, lanes), e = load_first(pixels[12 + x] + c, lanes);
-      rows[0][x] = a - d;
-      rows[1][x] = b + d;
-      rows[2][x] = d - b;
-      rows[3][x] = b - e;
-    }
-    T *at = to + c;
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y, at += 4 * position_stride) {
-      store_first(at, rows[y][0] - rows[y][2], lanes);
-      store_first(at + position_stride, rows[y][1] + rows[y][2], lanes);
-      store_first(at + 2 * position_stride, rows[y][2] - rows[y][1], lanes);
-      store_first(at + 3 * position_stride, rows[y][1] - rows[y][3], lanes);
-    }
-  }
+  int64_t channel = 0;
+  for (; channel + kLanes<T> <= channels; channel += kLanes<T>)
+    transform_channels(to, position_stride, pixels, channel, kLanes<T>);
+  if (channel < channels)
+    transform_channels(to, position_stride, pixels, channel, int(channels - channel));
 }
 
 // Outputs of a tile: top and bottom pixels, `width` apart, from 16 positions of `width` sums each.

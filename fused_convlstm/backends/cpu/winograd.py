@@ -31,9 +31,9 @@ def use_winograd(mode: str = AUTO) -> Iterator[None]:
 
     It takes 16 products where a direct convolution takes 36, so it is up to twice as fast, but it rounds more: each
     output is made of sums and differences of neighbouring inputs, so the error is relative to the largest input of a
-    4x4 window. On ordinary data it is one to two times that of plain PyTorch; where one pixel is far larger than its
-    neighbours, or where all values are far from zero, it may be larger. A NaN or an infinity reaches all outputs of
-    the 2x2 tiles whose windows hold it. So it is off unless asked for.
+    4x4 window. On ordinary data it is one to two and a half times that of plain PyTorch; where one pixel is far larger
+    than its neighbours, it may be more (docs/cpu.md). A NaN or an infinity reaches all outputs of the 2x2 tiles whose
+    windows hold it. So it is off unless asked for.
 
     It serves ``ConvLSTM2d`` in float32 with both kernels 3x3, stride 1, dilation 1, one group and zero padding; all
     other calls are computed directly, whatever the mode. Holds for the whole process, and for backward passes that run
@@ -57,14 +57,13 @@ def current_mode() -> str:
     return _check(os.environ.get(ENVIRONMENT_VARIABLE, NEVER), f"environment variable {ENVIRONMENT_VARIABLE}")
 
 
-# The cost model counts vector operations of 16 lanes for one image at one step; the constants were fitted to
-# measurements (docs/cpu.md).
+# The cost model counts multiply-adds of vectors of 16 lanes for one image at one step; what else takes time, in the
+# same unit, was fitted to measurements (docs/cpu.md).
 _LANES = 16
-_TAP = 6.0  # of a direct convolution for each pixel and tap: sums go through memory
-_POSITION = 1.06  # of a transformed product for each multiply-add
-_TILE = 60.0  # for each tile and vector of outputs: transformed sums through memory, inverse transform
-_WINDOW = 90.0  # for each tile and vector of inputs: transform
-_WEIGHT = 60.0  # for each channel and vector of outputs: transform of the nine taps
+_TILE = 80.0  # for each tile and vector of outputs: transformed sums through memory, inverse transform
+_WINDOW = 90.0  # for each tile and vector of inputs
+_WEIGHT = 600.0  # for each input channel and vector of outputs, once a sequence
+_MARGIN = 1.05  # the direct product is exact where the transform rounds, so it is taken when they are equally fast
 
 
 def _connections(out_size: int, in_size: int, padding: int) -> int:
@@ -73,22 +72,24 @@ def _connections(out_size: int, in_size: int, padding: int) -> int:
 
 
 def _is_faster(
-    inputs: tuple[tuple[int, ...], ...],  # channels, H, W, padding at the top and at the left of each
-    out_channels: int,
+    inputs: tuple[tuple[int, ...], ...],  # channels, height, width, padding at the top and at the left of each
+    vectors: int,  # of outputs
     out_size: tuple[int, int],
     images: int,  # of the whole sequence, which share the transformed weights
 ) -> bool:
     """Whether the sum of these convolutions is expected to take less time transformed than directly."""
-    vectors = -(-out_channels // _LANES)
     tiles = -(-out_size[0] // 2) * -(-out_size[1] // 2)
-    direct = 0.0
-    transformed = tiles * vectors * _TILE
+    direct, transformed = 0.0, tiles * vectors * _TILE
     for channels, height, width, top, left in inputs:
         connections = _connections(out_size[0], height, top) * _connections(out_size[1], width, left)
-        direct += vectors * connections * (channels + _TAP)
-        transformed += tiles * (vectors * 16 * channels * _POSITION + -(-channels // _LANES) * _WINDOW)
+        direct += vectors * connections * channels
+        transformed += tiles * (vectors * 16 * channels + _vectors(channels) * _WINDOW)
         transformed += vectors * channels * _WEIGHT / max(images, 1)
-    return transformed < direct
+    return transformed * _MARGIN < direct
+
+
+def _vectors(channels: int) -> int:
+    return -(-channels // _LANES)
 
 
 def _applies(dtype: torch.dtype, kernels: tuple[torch.Size, ...], options: ConvLSTMOptions) -> bool:
@@ -129,9 +130,9 @@ def _choose(
     x, h = (in_channels, *input_size, top, left), (channels, *state_size, 1, 1)
     dz_to_h, dz_to_input = (4 * channels, *state_size, 1, 1), (4 * channels, *state_size, 2 - top, 2 - left)
     return Choice(
-        _is_faster((x, h), 4 * channels, state_size, images),
-        _is_faster((dz_to_h,), channels, state_size, images),
-        _is_faster((dz_to_input,), in_channels, (input_size[0], input_size[1]), images),
+        _is_faster((x, h), 4 * _vectors(channels), state_size, images),
+        _is_faster((dz_to_h,), _vectors(channels), state_size, images),
+        _is_faster((dz_to_input,), _vectors(in_channels), (input_size[0], input_size[1]), images),
     )
 
 
