@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from fused_convlstm import ConvALSTM2d
-from fused_convlstm.analysis.localization import attention_tube, box_iou, smooth_over_time
+from fused_convlstm.analysis.localization import (
+    attention_pictures,
+    attention_tube,
+    box_iou,
+    peaks_inside,
+    smooth_over_time,
+)
 from fused_convlstm.analysis.maps import (
     as_pictures,
     attention_maps,
@@ -110,6 +116,22 @@ def test_the_strongest_piece_is_taken() -> None:
     maps[0, 10:16, 8:18] = 0.8
     box = attention_tube(maps, 1, (20, 20), sigma=0.0)[0]
     assert box_iou(box[None], np.array([[8.0, 10.0, 10.0, 6.0]]))[0] > 0.7
+
+
+def test_spread_and_peaks() -> None:
+    path = np.stack((np.linspace(0.3, 0.7, 6), np.linspace(0.4, 0.6, 6)), axis=1)
+    tight = attention_tube(bumps(path), 6, (56, 56), sigma=0.0)
+    wide = attention_tube(bumps(path), 6, (56, 56), sigma=0.0, spread=0.1)
+    assert (wide[:, 2:] > tight[:, 2:] + 3).all()
+    np.testing.assert_allclose(wide[:, :2] + wide[:, 2:] / 2, 56 * path, atol=2.5)
+    pictures = attention_pictures(bumps(path), 6, (56, 56), sigma=0.0, spread=0.1)
+    assert pictures.shape == (6, 56, 56)
+    assert peaks_inside(pictures, wide).all()
+    moved = wide.copy()
+    moved[2:, 0] += moved[2:, 2]
+    assert peaks_inside(pictures, moved).tolist() == [True, True, False, False, False, False]
+    with pytest.raises(ValueError, match="spread: expected at least 0"):
+        attention_tube(bumps(path), 6, (56, 56), spread=-1.0)
 
 
 def test_box_iou() -> None:

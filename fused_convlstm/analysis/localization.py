@@ -27,18 +27,24 @@ def smooth_over_time(maps: Tensor, sigma: float) -> Tensor:  # (T, h, w) -> (T, 
 
 
 def attention_tube(
-    maps: Tensor, steps: int, size: tuple[int, int], *, sigma: float = 2.0, threshold: float = 0.4
+    maps: Tensor,
+    steps: int,
+    size: tuple[int, int],
+    *,
+    sigma: float = 2.0,
+    spread: float = 0.0,
+    threshold: float = 0.4,
 ) -> Boxes:
     """The box of the action in every frame.
 
-    The maps are smoothed over time and enlarged to the frames; in each, what exceeds ``threshold`` of the way from its
-    median to its largest value is kept, and the connected piece with the most attention gives the box.
+    In each of :func:`attention_pictures`, what exceeds ``threshold`` of the way from its median to its largest value is
+    kept, and the connected piece with the most attention gives the box.
 
     Args:
         maps: (T', h, w), at least zero.
         steps: frames T.
         size: (H, W) of the frames.
-        sigma: of the smoothing, in steps of ``maps``.
+        sigma, spread: of the smoothing.
         threshold: 0 to 1.
 
     Returns:
@@ -46,9 +52,34 @@ def attention_tube(
     """
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"threshold: expected from 0 to less than 1, got {threshold}")
-    scaled = resize_maps(smooth_over_time(maps.cpu(), sigma), steps, size).numpy()
-    boxes = np.empty((steps, 4))
-    for t, picture in enumerate(scaled):
+    return boxes_of(attention_pictures(maps, steps, size, sigma=sigma, spread=spread), threshold)
+
+
+def attention_pictures(
+    maps: Tensor, steps: int, size: tuple[int, int], *, sigma: float, spread: float
+) -> npt.NDArray[np.float32]:
+    """Attention (T', h, w) over every frame, (T, H, W): smoothed over time, enlarged, and smoothed over the picture.
+
+    Args:
+        sigma: of the smoothing over time, in steps of ``maps``.
+        spread: of the smoothing over the picture, as a share of its height: what is attended to are features, which see
+            their surroundings (Xu et al. 2015 show attention so).
+    """
+    if spread < 0.0:
+        raise ValueError(f"spread: expected at least 0, got {spread}")
+    pictures: npt.NDArray[np.float32] = resize_maps(smooth_over_time(maps.cpu(), sigma), steps, size).numpy()
+    if spread == 0.0:
+        return pictures
+    blurred = [
+        cv2.GaussianBlur(picture, (0, 0), spread * size[0], borderType=cv2.BORDER_CONSTANT) for picture in pictures
+    ]
+    return np.stack(blurred).astype(np.float32)
+
+
+def boxes_of(pictures: npt.NDArray[np.float32], threshold: float) -> Boxes:
+    """The boxes of :func:`attention_tube` in attention (T, H, W)."""
+    boxes = np.empty((len(pictures), 4))
+    for t, picture in enumerate(pictures):
         middle, top = float(np.median(picture)), float(picture.max())
         kept = (picture >= middle + threshold * (top - middle)).astype(np.uint8)
         count, labels, statistics, _ = cv2.connectedComponentsWithStats(kept, connectivity=4)
@@ -56,6 +87,17 @@ def attention_tube(
         weights[0] = -np.inf  # the background
         boxes[t] = statistics[int(np.argmax(weights)), :4]
     return boxes
+
+
+def peaks_inside(pictures: npt.NDArray[np.float32], boxes: Boxes) -> npt.NDArray[np.bool_]:  # (T, H, W), (T, 4) -> (T,)
+    """Whether the most attended pixel of a frame lies in its box."""
+    places = pictures.reshape(len(pictures), -1).argmax(axis=1)
+    row, column = np.unravel_index(places, pictures.shape[1:])
+    x, y, width, height = boxes.T
+    inside: npt.NDArray[np.bool_] = (abs(column + 0.5 - x - width / 2) < width / 2) & (
+        abs(row + 0.5 - y - height / 2) < height / 2
+    )
+    return inside
 
 
 def box_iou(first: Boxes, second: Boxes) -> npt.NDArray[np.float64]:  # (T, 4), (T, 4) -> (T,)

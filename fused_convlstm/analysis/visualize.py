@@ -14,7 +14,7 @@ from ..data import Clip, ClipDataset, collate
 from ..training.clips import middle_view, run_clips
 from ..training.report import write_csv, write_json
 from ..training.tasks import word_scores
-from .localization import attention_tube, box_iou
+from .localization import attention_pictures, box_iou, boxes_of, peaks_inside
 from .maps import (
     Recording,
     as_pictures,
@@ -81,6 +81,7 @@ def localize(
     out: Path,
     *,
     sigma: float = 2.0,
+    spread: float = 0.0,
     threshold: float = 0.4,
     pictures: int = 4,
 ) -> dict[str, Any]:
@@ -88,12 +89,13 @@ def localize(
     frames, and pictures of the first clips. Where the cache knows the true boxes, also the mean IoU with them.
 
     Args:
-        sigma, threshold: see :func:`attention_tube`.
+        sigma, spread, threshold: see :func:`attention_tube`.
         pictures: clips to draw.
 
     Returns:
-        clips, and with true boxes mean_iou, over the frames of all clips, and centre_iou, that of the frame's middle
-        box of the mean true size: what knowing nothing gives.
+        clips, and with true boxes mean_iou, over the frames of all clips; pointing, the share of the frames whose most
+        attended pixel lies in the true box; and centre_iou, the mean IoU of the frame's middle box of the mean true
+        size: what knowing nothing gives.
 
     Raises:
         ValueError: the model has no attention.
@@ -101,7 +103,7 @@ def localize(
     dataset = reader.dataset(cache, split)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    overlaps, truths = [], []
+    overlaps, pointed, truths = [], [], []
     for index in range(len(dataset)):
         clip = dataset[index]
         record, _ = record_clip(reader, clip, dataset.flow)
@@ -109,13 +111,14 @@ def localize(
             raise ValueError(f"model: {reader.name} has no attention")
         maps = attention_maps(list(record.attention.values())[-1])[:, 0]
         steps, side = len(clip.frames), _crop_side(reader, clip.frames)
-        tube = attention_tube(maps, steps, (side, side), sigma=sigma, threshold=threshold)
+        attended = attention_pictures(maps, steps, (side, side), sigma=sigma, spread=spread)
         height, width = clip.frames.shape[2:]
-        tube[:, 0] += (width - side) // 2
-        tube[:, 1] += (height - side) // 2
+        corner = np.array([(width - side) // 2, (height - side) // 2, 0, 0])  # of the crop
+        tube = boxes_of(attended, threshold) + corner
         truth = None if clip.boxes is None else clip.boxes.double().numpy()
         if truth is not None:
             overlaps.append(box_iou(tube, truth))
+            pointed.append(peaks_inside(attended, truth - corner))
             truths.append((truth, (width, height)))
         for t, (x, y, box_width, box_height) in enumerate(tube):
             rows.append({"clip": clip.name, "frame": t, "x": x, "y": y, "width": box_width, "height": box_height})
@@ -129,6 +132,7 @@ def localize(
     scores: dict[str, Any] = {"clips": len(dataset)}
     if overlaps:
         scores["mean_iou"] = float(np.concatenate(overlaps).mean())
+        scores["pointing"] = float(np.concatenate(pointed).mean())
         mean_size = np.concatenate([truth for truth, _ in truths])[:, 2:].mean(axis=0)
         middle = [np.concatenate(((np.array(size) - mean_size) / 2, mean_size)) for _, size in truths]
         centred = [

@@ -85,13 +85,16 @@ def make_vgg16(in_channels: int) -> nn.Sequential:
 
 
 def make_small_backbone(in_channels: int, channels: tuple[int, ...]) -> nn.Sequential:
-    """Four convolutions, three of stride 2, with group normalisation."""
+    """Four convolutions, three of stride 2, with batch normalisation.
+
+    Normalised over a frame, maps would tell of the whole frame everywhere, and attention would not have to be where
+    something happens.
+    """
     layers: list[nn.Module] = []
     for k, width in enumerate(channels):
-        groups = width // 8 if width % 8 == 0 else 1
         layers += [
             nn.Conv2d(in_channels, width, 3, stride=2 if k < 3 else 1, padding=1, bias=False),
-            nn.GroupNorm(groups, width),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
         ]
         in_channels = width
