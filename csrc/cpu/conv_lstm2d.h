@@ -25,7 +25,7 @@ struct Tensor {
 // Which products are transformed (winograd.h); for float32, both convolutions 3x3, stride 1, dilation 1, one group,
 // padded with zeros.
 struct WinogradChoice {
-  bool gates, to_h, to_input; // and in the backward, gradients of h and of the input
+  bool gates, to_h, to_input, to_weights; // and in the backward, gradients of h, of the input, of both weights
 };
 
 struct ConvLSTM2dCall {

@@ -167,6 +167,21 @@ static __attribute__((noinline)) void weight_gradient_tile(T *sums, const T *pan
   }
 }
 
+template <class T>
+static void weight_gradient_tile(int64_t vectors, T *sums, const T *panel, const T *input, const PixelPair *pairs,
+                                 int64_t count) {
+  switch (vectors) {
+  case 1:
+    return weight_gradient_tile<T, 1>(sums, panel, input, pairs, count);
+  case 2:
+    return weight_gradient_tile<T, 2>(sums, panel, input, pairs, count);
+  case 3:
+    return weight_gradient_tile<T, 3>(sums, panel, input, pairs, count);
+  default:
+    return weight_gradient_tile<T, 4>(sums, panel, input, pairs, count);
+  }
+}
+
 // Gradient of one convolution's weights, summed chunk by chunk.
 template <class T> struct WeightGradient {
   static constexpr int L = kLanes<T>;
@@ -213,19 +228,7 @@ template <class T> struct WeightGradient {
             for (int64_t tile = range.begin; tile < range.end; ++tile) {
               T *to = at(group, pass.tap, block, tile);
               const T *panel = panels + (group * tiles + tile) * panel_size;
-              switch (vectors) {
-              case 1:
-                weight_gradient_tile<T, 1>(to, panel, input, pairs + first, length);
-                break;
-              case 2:
-                weight_gradient_tile<T, 2>(to, panel, input, pairs + first, length);
-                break;
-              case 3:
-                weight_gradient_tile<T, 3>(to, panel, input, pairs + first, length);
-                break;
-              default:
-                weight_gradient_tile<T, 4>(to, panel, input, pairs + first, length);
-              }
+              weight_gradient_tile(vectors, to, panel, input, pairs + first, length);
             }
           }
     }
@@ -243,6 +246,103 @@ template <class T> struct WeightGradient {
           to[(out * in_per_group + c) * taps + tap] =
               convert<To>(at(group, tap, c / blocks.width, n / kPanel)[n % kPanel * kVectors * L + c % blocks.width]);
     }
+  }
+};
+
+// Gradients of both convolutions' weights at once, in the transform domain: sums over tiles of products of transformed
+// windows with transformed dz.
+template <class T> struct WinogradWeightGradient {
+  static constexpr int L = kLanes<T>;
+  WinogradWindows<T> windows;
+  int64_t outputs, panels; // 4 * C, and in panels of kPanel
+  int64_t blocks;          // of kVectors * L input channels
+  int64_t piece;           // tiles transformed at once
+  int64_t dz_row;          // elements from one tile's transformed dz to the next
+  Buffer<T> inputs, dz;    // [position][tile of the piece][depth or dz_row]
+  Buffer<T> sums;          // [position][block][panel][kPanel][kVectors * L]
+  Buffer<PixelPair> pairs; // (piece)
+  Buffer<T> zeros;         // (outputs)
+
+  void allocate(const ConvLSTM2dCall &call) {
+    const ConvolutionShape &x = call.input_conv->shape, &h = call.recurrent_conv->shape;
+    windows.allocate(h.out_height, h.out_width,
+                     {{call.in_channels, x.height, x.width, x.pad_top, x.pad_left},
+                      {call.channels, h.height, h.width, h.pad_top, h.pad_left}});
+    outputs = 4 * call.channels;
+    panels = (outputs + kPanel - 1) / kPanel;
+    blocks = (windows.depth + kVectors * L - 1) / (kVectors * L);
+    // A position's transformed dz stays in the second-level cache; long sums, so that they are rarely in memory.
+    piece = larger(128, 65536 / outputs);
+    dz_row = outputs + L; // rows begin in different sets of the cache
+    inputs.allocate(kPositions * input_plane() + kVectors * L);
+    dz.allocate(kPositions * dz_plane());
+    sums.allocate(kPositions * blocks * panels * tile_size());
+    sums.fill_zero();
+    zeros.allocate(outputs);
+    zeros.fill_zero();
+    pairs.allocate(piece);
+    for (int64_t k = 0; k < piece; ++k)
+      pairs[k] = {k * dz_row, k * windows.depth};
+  }
+
+  int64_t input_plane() const { return piece * windows.depth + L; }
+  int64_t dz_plane() const { return piece * dz_row + L; }
+  static int64_t tile_size() { return kPanel * kVectors * L; }
+  T *at(int64_t position, int64_t block, int64_t panel) const {
+    return sums.get() + ((position * blocks + block) * panels + panel) * tile_size();
+  }
+
+  // This thread's part of a chunk of `count` images, of which dz_images has dz and images[n] the rows of input n, null
+  // for zeros. All threads call it.
+  void add(const T *const *dz_images, const T *const *const *images, int64_t count, int thread, int threads) const {
+    const int64_t total = count * windows.tiles();
+    for (int64_t first = 0; first < total; first += piece) {
+      const int64_t length = smaller(piece, total - first);
+      const Range tiles = part_of(length, thread, threads);
+      for (int64_t k = tiles.begin; k < tiles.end; ++k) {
+        windows.transform(images, first + k, inputs.get() + k * windows.depth, input_plane());
+        transform_dz(dz_images, first + k, dz.get() + k * dz_row);
+      }
+#pragma omp barrier
+      const Range range = part_of(panels, thread, threads);
+      for (int64_t position = 0; position < kPositions; ++position)
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t channels = smaller(kVectors * L, windows.depth - block * kVectors * L);
+          for (int64_t panel = range.begin; panel < range.end; ++panel)
+            weight_gradient_tile((channels + L - 1) / L, at(position, block, panel),
+                                 dz.get() + position * dz_plane() + panel * kPanel,
+                                 inputs.get() + position * input_plane() + block * kVectors * L, pairs.get(), length);
+        }
+#pragma omp barrier
+    }
+  }
+
+  // This thread's part of the gradient of the weights of an input whose channels begin at `first`: the caller's tensor
+  // (4 * C, channels, 3, 3), contiguous.
+  template <class To> void write(To *to, int64_t first, int64_t channels, int thread, int threads) const {
+    const Range range = part_of(outputs, thread, threads);
+    for (int64_t out = range.begin; out < range.end; ++out)
+      for (int64_t c = first; c < first + channels; ++c) {
+        T positions[kPositions], taps[9];
+        const T *from = at(0, c / (kVectors * L), out / kPanel) + out % kPanel * kVectors * L + c % (kVectors * L);
+        for (int position = 0; position < kPositions; ++position)
+          positions[position] = from[position * blocks * panels * tile_size()];
+        inverse_transform_taps(taps, positions);
+        for (int tap = 0; tap < 9; ++tap)
+          to[(out * channels + c - first) * 9 + tap] = convert<To>(taps[tap]);
+      }
+  }
+
+private:
+  void transform_dz(const T *const *images, int64_t tile, T *to) const {
+    const int64_t image = tile / windows.tiles(), in_image = tile % windows.tiles();
+    const int64_t y = in_image / windows.columns * 2, x = in_image % windows.columns * 2;
+    const T *pixels[4];
+    for (int k = 0; k < 4; ++k) {
+      const bool inside = y + k / 2 < windows.height && x + k % 2 < windows.width;
+      pixels[k] = inside ? images[image] + ((y + k / 2) * windows.width + x + k % 2) * outputs : zeros.get();
+    }
+    transform_outputs(to, dz_plane(), pixels, outputs);
   }
 };
 
@@ -264,7 +364,8 @@ public:
         to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_, call.winograd.to_input),
         weight_ih_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
         weight_hh_(*call.recurrent_conv, call.groups, per_group_, per_group_), lanes_(call.groups, per_group_, L),
-        parameters_(call, lanes_), recompute_(call.gates == nullptr) {
+        parameters_(call, lanes_), recompute_(call.gates == nullptr),
+        transform_weights_(sizeof(T) == 4 && call.winograd.to_weights && call.grad_weight_ih && call.grad_weight_hh) {
     const int64_t frame = batch_ * pixels_;
     needs_input_rows_ = recompute_ || call.grad_weight_ih;
     needs_h_rows_ = recompute_ || call.grad_weight_hh;
@@ -285,11 +386,13 @@ public:
       dh_0_rows_.allocate(frame * channels_);
     if (call.grad_input)
       to_input_.allocate();
-    if (call.grad_weight_ih)
+    if (transform_weights_)
+      winograd_weights_.allocate(call);
+    if (call.grad_weight_ih && !transform_weights_)
       weight_ih_.allocate();
-    if (call.grad_weight_hh)
+    if (call.grad_weight_hh && !transform_weights_)
       weight_hh_.allocate();
-    if (call.grad_weight_ih || call.grad_weight_hh)
+    if ((call.grad_weight_ih || call.grad_weight_hh) && !transform_weights_)
       panels_.allocate(call.groups * weight_hh_.tiles * chunk_ * frame * kPanel);
     if (call.grad_bias) {
       bias_sums_.allocate(4 * channels_);
@@ -333,12 +436,13 @@ private:
     Buffer<bool> has_dc;                // (B), dc_ is not all zero
     Buffer<int64_t> active;             // samples of a step, or step * B + sample of a chunk
     Buffer<const T *> images, h_images; // (active)
+    Buffer<const T *> dz_images;        // (active)
     Buffer<int64_t> inputs;             // (chunk * B)
     Buffer<PixelPair> pairs;            // (chunk * B * pixels)
 
     ThreadState(int64_t batch, int64_t chunk, int64_t pixels)
         : pending(batch), from_end(batch), has_dc(batch), active(chunk * batch), images(chunk * batch),
-          h_images(chunk * batch), inputs(chunk * batch), pairs(chunk * batch * pixels) {}
+          h_images(chunk * batch), dz_images(chunk * batch), inputs(chunk * batch), pairs(chunk * batch * pixels) {}
   };
 
   bool is_active(int64_t s, int64_t b) const { return !(flags_of(call_, s, b) & kFlagPastEnd); }
@@ -469,9 +573,8 @@ private:
     return count;
   }
 
-  // All gates of a chunk, into the slots of its dz.
-  void recompute_gates(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
-    const int64_t count = list_active(state, begin, end);
+  // Rows of input and previous h of each of them.
+  void list_rows(ThreadState &state, int64_t count, int64_t begin) const {
     for (int64_t k = 0; k < count; ++k) {
       const int64_t index = state.active[k];
       state.images[k] = input_rows_.get() + index * input_rows_per_image_ * input_row_.size();
@@ -479,6 +582,12 @@ private:
                               ? h_rows_.get() + index * h_rows_per_image_ * channels_
                               : nullptr;
     }
+  }
+
+  // All gates of a chunk, into the slots of its dz.
+  void recompute_gates(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
+    const int64_t count = list_active(state, begin, end);
+    list_rows(state, count, begin);
     const Activation activation = call_.activation;
     gates_.run(
         state.images.get(), state.h_images.get(), count, thread, threads, state.scratch, state.winograd,
@@ -593,7 +702,16 @@ private:
   // Gradients that are summed over steps, and that of the input.
   void finish_chunk(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
     const int64_t count = list_active(state, begin, end);
-    if (call_.grad_weight_ih || call_.grad_weight_hh) {
+    if constexpr (sizeof(T) == 4) {
+      if (transform_weights_) {
+        list_rows(state, count, begin);
+        for (int64_t k = 0; k < count; ++k)
+          state.dz_images[k] = dz_slot(begin + state.active[k] / batch_, state.active[k] % batch_);
+        const T *const *images[kWinogradInputs] = {state.images.get(), state.h_images.get()};
+        winograd_weights_.add(state.dz_images.get(), images, count, thread, threads);
+      }
+    }
+    if ((call_.grad_weight_ih || call_.grad_weight_hh) && !transform_weights_) {
       pack_panels(state, count, begin, end, thread, threads);
 #pragma omp barrier
       const int64_t images = (end - begin) * batch_;
@@ -752,10 +870,16 @@ private:
       unpack_frames<T>([&](int64_t b) { return state.has_dc[b] ? dc_.get() + b * pixels_ * channels_ : nullptr; },
                        cell_row_, call_.grad_c_0.data, state_type, call_.grad_c_0.stride + 1, width_, pixels_, batch_,
                        call_.grad_c_0.stride[0], thread, threads);
-    if (call_.grad_weight_ih)
-      weight_ih_.write(static_cast<Io *>(call_.grad_weight_ih.data), channels_, thread, threads);
-    if (call_.grad_weight_hh)
-      weight_hh_.write(static_cast<Io *>(call_.grad_weight_hh.data), channels_, thread, threads);
+    Io *grad_ih = static_cast<Io *>(call_.grad_weight_ih.data), *grad_hh = static_cast<Io *>(call_.grad_weight_hh.data);
+    if (transform_weights_) {
+      winograd_weights_.write(grad_ih, 0, call_.in_channels, thread, threads);
+      winograd_weights_.write(grad_hh, call_.in_channels, channels_, thread, threads);
+    } else {
+      if (grad_ih != nullptr)
+        weight_ih_.write(grad_ih, channels_, thread, threads);
+      if (grad_hh != nullptr)
+        weight_hh_.write(grad_hh, channels_, thread, threads);
+    }
     if (thread != 0)
       return;
     if (call_.grad_bias) {
@@ -783,8 +907,9 @@ private:
   WeightGradient<T> weight_ih_, weight_hh_;
   Blocks lanes_; // of hidden channels, one vector wide
   CellParameters<T> parameters_;
-  bool recompute_, needs_input_rows_, needs_h_rows_;
-  union { // there only if recompute_
+  bool recompute_, transform_weights_, needs_input_rows_, needs_h_rows_;
+  WinogradWeightGradient<T> winograd_weights_; // empty unless transform_weights_
+  union {                                      // there only if recompute_
     GateProduct<N> gates_;
   };
   Buffer<int64_t> predecessor_;   // (T, B)

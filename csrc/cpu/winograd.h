@@ -94,6 +94,48 @@ template <class T, int NV> static FC_INLINE void inverse_transform(T *top, T *bo
   }
 }
 
+// The transpose of inverse_transform: to[position * position_stride + channel] from a tile's 2x2 pixels.
+template <class T>
+static __attribute__((noinline)) void transform_outputs(T *to, int64_t position_stride, const T *const *pixels,
+                                                        int64_t channels) {
+  using V = Vec<T>;
+  for (int64_t c = 0; c < channels; c += kLanes<T>, to += kLanes<T>) {
+    const int lanes = int(smaller(kLanes<T>, channels - c));
+    V rows[4][2];
+    for (int x = 0; x < 2; ++x) {
+      const V top = load_first(pixels[x] + c, lanes), bottom = load_first(pixels[2 + x] + c, lanes);
+      rows[0][x] = top;
+      rows[1][x] = top + bottom;
+      rows[2][x] = top - bottom;
+      rows[3][x] = -bottom;
+    }
+    T *at = to;
+    for (int y = 0; y < 4; ++y, at += 4 * position_stride) {
+      store_first(at, rows[y][0], lanes);
+      store_first(at + position_stride, rows[y][0] + rows[y][1], lanes);
+      store_first(at + 2 * position_stride, rows[y][0] - rows[y][1], lanes);
+      store_first(at + 3 * position_stride, -rows[y][1], lanes);
+    }
+  }
+}
+
+// The transpose of transform_taps, for one weight: 9 taps from 16 positions.
+template <class T> static FC_INLINE void inverse_transform_taps(T *taps, const T *positions) {
+  T rows[3][4];
+  for (int x = 0; x < 4; ++x) {
+    const T even = (positions[4 + x] + positions[8 + x]) * T(0.5);
+    rows[0][x] = positions[x] + even;
+    rows[1][x] = (positions[4 + x] - positions[8 + x]) * T(0.5);
+    rows[2][x] = even + positions[12 + x];
+  }
+  for (int y = 0; y < 3; ++y) {
+    const T even = (rows[y][1] + rows[y][2]) * T(0.5);
+    taps[3 * y] = rows[y][0] + even;
+    taps[3 * y + 1] = (rows[y][1] - rows[y][2]) * T(0.5);
+    taps[3 * y + 2] = even + rows[y][3];
+  }
+}
+
 // sums[p][v] = sum over k of windows[p][k] * weights[k][v], P tiles at one position
 template <class T, int P, int NV>
 static __attribute__((noinline)) void position_tile(T *sums, int64_t sums_stride, const T *windows, int64_t row,
@@ -150,24 +192,21 @@ template <class T> struct WinogradScratch {
   }
 };
 
-// The sum of convolutions over all channels (`depth`) of their inputs, whose rows have no padding.
-template <class T> struct WinogradProduct {
-  static constexpr int L = kLanes<T>;
+// The windows of 4x4 inputs of tiles of 2x2 outputs, over all channels (`depth`) of one or two inputs, whose rows have
+// no padding.
+template <class T> struct WinogradWindows {
   int64_t height, width, rows, columns; // of the outputs, in pixels and in tiles
-  int64_t blocks, depth;
+  int64_t depth;
   int input_count;
   WinogradInput inputs[kWinogradInputs];
   Buffer<int32_t> pixels[kWinogradInputs]; // [tile][4 * 4]: the pixels that a window reads, -1 for a zero
-  Buffer<T> weights;                       // [block][position][depth][vectors * L]
   Buffer<T> zeros;                         // (depth)
 
-  template <int kCount>
-  void allocate(int64_t height_, int64_t width_, int64_t blocks_, const WinogradInput (&inputs_)[kCount]) {
+  template <int kCount> void allocate(int64_t height_, int64_t width_, const WinogradInput (&inputs_)[kCount]) {
     height = height_;
     width = width_;
     rows = (height + 1) / 2;
     columns = (width + 1) / 2;
-    blocks = blocks_;
     depth = 0;
     input_count = kCount;
     for (int n = 0; n < kCount; ++n) {
@@ -182,12 +221,49 @@ template <class T> struct WinogradProduct {
         pixels[n][k] = inside ? int32_t(y * input.width + x) : -1;
       }
     }
-    weights.allocate(blocks * block_stride());
     zeros.allocate(depth);
     zeros.fill_zero();
   }
 
   int64_t tiles() const { return rows * columns; } // of an image
+
+  // Tile `tile` of the images laid end to end, position by position. images[n]: rows of each image of input n, null for
+  // zeros.
+  void transform(const T *const *const *images, int64_t tile, T *to, int64_t position_stride) const {
+    const int64_t image = tile / tiles(), in_image = tile % tiles();
+    for (int n = 0; n < input_count; ++n) {
+      const int64_t channels = inputs[n].channels;
+      if (const T *data = images[n][image]) {
+        const T *window[kPositions];
+        for (int j = 0; j < kPositions; ++j) {
+          const int32_t pixel = pixels[n][in_image * kPositions + j];
+          window[j] = pixel < 0 ? zeros.get() : data + pixel * channels;
+        }
+        transform_window(to, position_stride, window, channels);
+      } else {
+        for (int j = 0; j < kPositions; ++j)
+          std::memset(static_cast<void *>(to + j * position_stride), 0, size_t(channels) * sizeof(T));
+      }
+      to += channels;
+    }
+  }
+};
+
+// The sum of convolutions over all channels of their inputs.
+template <class T> struct WinogradProduct {
+  static constexpr int L = kLanes<T>;
+  WinogradWindows<T> windows;
+  int64_t blocks, depth;
+  Buffer<T> weights; // [block][position][depth][vectors * L]
+
+  template <int kCount>
+  void allocate(int64_t height, int64_t width, int64_t blocks_, const WinogradInput (&inputs)[kCount]) {
+    windows.allocate(height, width, inputs);
+    blocks = blocks_;
+    depth = windows.depth;
+    weights.allocate(blocks * block_stride());
+  }
+
   int64_t block_stride() const { return kPositions * depth * kVectors * L; }
 
   // This thread's part of the weights of an input whose channels begin at `first`, from [block][tap][channel]
@@ -211,14 +287,15 @@ template <class T> struct WinogradProduct {
   template <class Body>
   void for_pieces(const T *const *const *images, int64_t count, int thread, int threads,
                   const WinogradScratch<T> &scratch, const Body &body) const {
-    const int64_t total = count * tiles(), units = (total + kUnitTiles - 1) / kUnitTiles;
+    const int64_t total = count * windows.tiles(), units = (total + kUnitTiles - 1) / kUnitTiles;
     const int64_t pieces = (total + kPieceTiles - 1) / kPieceTiles;
     const Range range = part_of(pieces * blocks, thread, threads);
     for (int64_t k = range.begin; k < range.end;) {
       const int64_t piece = k / blocks;
       const int64_t begin = units * piece / pieces * kUnitTiles;
       const int64_t end = smaller(total, units * (piece + 1) / pieces * kUnitTiles);
-      transform(images, begin, end, scratch.windows.get());
+      for (int64_t tile = begin; tile < end; ++tile)
+        windows.transform(images, tile, scratch.windows.get() + (tile - begin) * depth, scratch.plane(depth));
       for (; k < smaller(range.end, (piece + 1) * blocks); ++k)
         body(k - piece * blocks, begin, end);
     }
@@ -240,8 +317,9 @@ template <class T> struct WinogradProduct {
                                     depth, panel, depth);
     }
     T *top = scratch.outputs.get(), *bottom = top + 2 * kRunTiles * kWidth;
+    const int64_t tiles = windows.tiles(), columns = windows.columns, height = windows.height, width = windows.width;
     for (int64_t k = begin; k < end;) {
-      const int64_t image = k / tiles(), y = k % tiles() / columns * 2, x = k % columns;
+      const int64_t image = k / tiles, y = k % tiles / columns * 2, x = k % columns;
       const int64_t count = smaller(smaller(columns - x, kRunTiles), end - k);
       for (int64_t n = 0; n < count; ++n)
         inverse_transform<T, NV>(top + 2 * n * kWidth, bottom + 2 * n * kWidth,
@@ -251,30 +329,6 @@ template <class T> struct WinogradProduct {
       if (y + 1 < height)
         body(bottom, pixel + width, pixel + width + pixels);
       k += count;
-    }
-  }
-
-private:
-  // Windows of the tiles begin .. end of the images laid end to end.
-  void transform(const T *const *const *images, int64_t begin, int64_t end, T *to) const {
-    const int64_t plane = WinogradScratch<T>::plane(depth);
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t image = k / tiles(), tile = k % tiles();
-      for (int n = 0; n < input_count; ++n) {
-        const int64_t channels = inputs[n].channels;
-        if (const T *data = images[n][image]) {
-          const T *window[kPositions];
-          for (int j = 0; j < kPositions; ++j) {
-            const int32_t pixel = pixels[n][tile * kPositions + j];
-            window[j] = pixel < 0 ? zeros.get() : data + pixel * channels;
-          }
-          transform_window(to, plane, window, channels);
-        } else {
-          for (int j = 0; j < kPositions; ++j)
-            std::memset(static_cast<void *>(to + j * plane), 0, size_t(channels) * sizeof(T));
-        }
-        to += channels;
-      }
     }
   }
 };

@@ -136,8 +136,8 @@ class CpuBackend(Backend):
         )
         size = (output.size(3), output.size(4))
         transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
-        if transformed.to_h or transformed.to_input:
-            registry.note("cpu: gradients of h or of the input by Winograd's F(2x2, 3x3)")
+        if any(transformed[1:]):
+            registry.note("cpu: gradients by Winograd's F(2x2, 3x3)")
         _cpu.conv_lstm2d_backward(
             _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(*tensors, step_flags, output),

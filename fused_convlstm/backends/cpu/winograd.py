@@ -63,6 +63,7 @@ _LANES = 16
 _TILE = 80.0  # for each tile and vector of outputs: transformed sums through memory, inverse transform
 _WINDOW = 90.0  # for each tile and vector of inputs
 _WEIGHT = 600.0  # for each input channel and vector of outputs, once a sequence
+_WEIGHT_GRADIENT = 100.0  # for each input channel and output, once a sequence
 _MARGIN = 1.05  # the direct product is exact where the transform rounds, so it is taken when they are equally fast
 
 
@@ -88,6 +89,22 @@ def _is_faster(
     return transformed * _MARGIN < direct
 
 
+def _is_faster_for_weights(
+    inputs: tuple[tuple[int, ...], ...], outputs: int, out_size: tuple[int, int], images: int
+) -> bool:
+    """The same for the gradients of their weights."""
+    tiles = -(-out_size[0] // 2) * -(-out_size[1] // 2)
+    depth = sum(channels for channels, *_ in inputs)
+    direct = 0.0
+    transformed = tiles * (16 * outputs * _vectors(depth) + _vectors(outputs) * _WINDOW)
+    transformed += outputs * depth * _WEIGHT_GRADIENT / max(images, 1)
+    for channels, height, width, top, left in inputs:
+        connections = _connections(out_size[0], height, top) * _connections(out_size[1], width, left)
+        direct += outputs * connections * _vectors(channels)
+        transformed += tiles * _vectors(channels) * _WINDOW
+    return transformed * _MARGIN < direct
+
+
 def _vectors(channels: int) -> int:
     return -(-channels // _LANES)
 
@@ -108,6 +125,7 @@ class Choice(NamedTuple):
     gates: bool
     to_h: bool = False  # in the backward pass: gradient of h
     to_input: bool = False
+    to_weights: bool = False  # both weights' gradients, if both are wanted
 
 
 @lru_cache(maxsize=256)
@@ -123,7 +141,7 @@ def _choose(
     if mode == NEVER or not _applies(dtype, (weight_ih, weight_hh), options):
         return Choice(False)
     if mode == ALWAYS:
-        return Choice(True, True, True)
+        return Choice(True, True, True, True)
     steps, batch, in_channels, *input_size = input
     channels, images = weight_hh[1], steps * batch
     top, left = options.padding[0], options.padding[2]
@@ -133,6 +151,7 @@ def _choose(
         _is_faster((x, h), 4 * _vectors(channels), state_size, images),
         _is_faster((dz_to_h,), _vectors(channels), state_size, images),
         _is_faster((dz_to_input,), _vectors(in_channels), (input_size[0], input_size[1]), images),
+        _is_faster_for_weights((x, h), 4 * channels, state_size, images),
     )
 
 
