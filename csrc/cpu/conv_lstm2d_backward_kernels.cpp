@@ -249,6 +249,8 @@ template <class T> struct WeightGradient {
   }
 };
 
+constexpr int64_t kGradientTiles = 256; // tiles summed at once: what they read stays in the second-level cache
+
 // Gradients of both convolutions' weights at once, in the transform domain: sums over tiles of products of transformed
 // windows with transformed dz.
 template <class T> struct WinogradWeightGradient {
@@ -256,14 +258,20 @@ template <class T> struct WinogradWeightGradient {
   WinogradWindows<T> windows;
   int64_t outputs, panels; // 4 * C, and in panels of kPanel
   int64_t blocks;          // of kVectors * L input channels
-  int64_t piece;           // tiles transformed at once
-  int64_t dz_row;          // elements from one tile's transformed dz to the next
-  Buffer<T> inputs, dz;    // [position][tile of the piece][depth or dz_row]
+  int64_t input_plane;     // elements from one position of `inputs` to the next
+  Buffer<T> inputs;        // [position][tile of a chunk][depth]
   Buffer<T> sums;          // [position][block][panel][kPanel][kVectors * L]
-  Buffer<PixelPair> pairs; // (piece)
   Buffer<T> zeros;         // (outputs)
 
-  void allocate(const ConvLSTM2dCall &call) {
+  // A thread's scratch memory.
+  struct Scratch {
+    int64_t row, plane;      // elements from one tile to the next, from one position to the next
+    Buffer<T> dz;            // [position][tile][output], of the outputs that the thread sums
+    Buffer<PixelPair> pairs; // (kGradientTiles)
+  };
+
+  // images: of a chunk, at most.
+  void allocate(const ConvLSTM2dCall &call, int64_t images) {
     const ConvolutionShape &x = call.input_conv->shape, &h = call.recurrent_conv->shape;
     windows.allocate(h.out_height, h.out_width,
                      {{call.in_channels, x.height, x.width, x.pad_top, x.pad_left},
@@ -271,22 +279,23 @@ template <class T> struct WinogradWeightGradient {
     outputs = 4 * call.channels;
     panels = (outputs + kPanel - 1) / kPanel;
     blocks = (windows.depth + kVectors * L - 1) / (kVectors * L);
-    // A position's transformed dz stays in the second-level cache; long sums, so that they are rarely in memory.
-    piece = larger(128, 65536 / outputs);
-    dz_row = outputs + L; // rows begin in different sets of the cache
-    inputs.allocate(kPositions * input_plane() + kVectors * L);
-    dz.allocate(kPositions * dz_plane());
+    input_plane = images * windows.tiles() * windows.depth + L; // planes begin in different sets of the cache
+    inputs.allocate(kPositions * input_plane + kVectors * L);
     sums.allocate(kPositions * blocks * panels * tile_size());
     sums.fill_zero();
     zeros.allocate(outputs);
     zeros.fill_zero();
-    pairs.allocate(piece);
-    for (int64_t k = 0; k < piece; ++k)
-      pairs[k] = {k * dz_row, k * windows.depth};
   }
 
-  int64_t input_plane() const { return piece * windows.depth + L; }
-  int64_t dz_plane() const { return piece * dz_row + L; }
+  void allocate(Scratch &scratch, int threads) const {
+    scratch.row = round_up((panels + threads - 1) / threads * kPanel, L) + L; // rows begin in different sets as well
+    scratch.plane = kGradientTiles * scratch.row + L;
+    scratch.dz.allocate(kPositions * scratch.plane);
+    scratch.pairs.allocate(kGradientTiles);
+    for (int64_t k = 0; k < kGradientTiles; ++k)
+      scratch.pairs[k] = {k * scratch.row, k * windows.depth};
+  }
+
   static int64_t tile_size() { return kPanel * kVectors * L; }
   T *at(int64_t position, int64_t block, int64_t panel) const {
     return sums.get() + ((position * blocks + block) * panels + panel) * tile_size();
@@ -294,26 +303,26 @@ template <class T> struct WinogradWeightGradient {
 
   // This thread's part of a chunk of `count` images, of which dz_images has dz and images[n] the rows of input n, null
   // for zeros. All threads call it.
-  void add(const T *const *dz_images, const T *const *const *images, int64_t count, int thread, int threads) const {
+  void add(const T *const *dz_images, const T *const *const *images, int64_t count, const Scratch &scratch, int thread,
+           int threads) const {
     const int64_t total = count * windows.tiles();
-    for (int64_t first = 0; first < total; first += piece) {
-      const int64_t length = smaller(piece, total - first);
-      const Range tiles = part_of(length, thread, threads);
-      for (int64_t k = tiles.begin; k < tiles.end; ++k) {
-        windows.transform(images, first + k, inputs.get() + k * windows.depth, input_plane());
-        transform_dz(dz_images, first + k, dz.get() + k * dz_row);
-      }
+    const Range tiles = part_of(total, thread, threads), range = part_of(panels, thread, threads);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+      windows.transform(images, tile, inputs.get() + tile * windows.depth, input_plane);
 #pragma omp barrier
-      const Range range = part_of(panels, thread, threads);
+    for (int64_t first = 0; first < total; first += kGradientTiles) {
+      const int64_t length = smaller(kGradientTiles, total - first);
+      for (int64_t k = 0; k < length; ++k)
+        transform_dz(dz_images, first + k, range, scratch.dz.get() + k * scratch.row, scratch.plane);
       for (int64_t position = 0; position < kPositions; ++position)
         for (int64_t block = 0; block < blocks; ++block) {
+          const T *input = inputs.get() + position * input_plane + first * windows.depth + block * kVectors * L;
           const int64_t channels = smaller(kVectors * L, windows.depth - block * kVectors * L);
           for (int64_t panel = range.begin; panel < range.end; ++panel)
             weight_gradient_tile((channels + L - 1) / L, at(position, block, panel),
-                                 dz.get() + position * dz_plane() + panel * kPanel,
-                                 inputs.get() + position * input_plane() + block * kVectors * L, pairs.get(), length);
+                                 scratch.dz.get() + position * scratch.plane + (panel - range.begin) * kPanel, input,
+                                 scratch.pairs.get(), length);
         }
-#pragma omp barrier
     }
   }
 
@@ -334,15 +343,17 @@ template <class T> struct WinogradWeightGradient {
   }
 
 private:
-  void transform_dz(const T *const *images, int64_t tile, T *to) const {
+  void transform_dz(const T *const *images, int64_t tile, const Range &range, T *to, int64_t plane) const {
     const int64_t image = tile / windows.tiles(), in_image = tile % windows.tiles();
     const int64_t y = in_image / windows.columns * 2, x = in_image % windows.columns * 2;
+    const int64_t begin = range.begin * kPanel, end = smaller(outputs, range.end * kPanel);
     const T *pixels[4];
     for (int k = 0; k < 4; ++k) {
       const bool inside = y + k / 2 < windows.height && x + k % 2 < windows.width;
-      pixels[k] = inside ? images[image] + ((y + k / 2) * windows.width + x + k % 2) * outputs : zeros.get();
+      const int64_t pixel = (y + k / 2) * windows.width + x + k % 2;
+      pixels[k] = inside ? images[image] + pixel * outputs + begin : zeros.get();
     }
-    transform_outputs(to, dz_plane(), pixels, outputs);
+    transform_outputs(to, plane, pixels, end - begin);
   }
 };
 
@@ -387,7 +398,7 @@ public:
     if (call.grad_input)
       to_input_.allocate();
     if (transform_weights_)
-      winograd_weights_.allocate(call);
+      winograd_weights_.allocate(call, chunk_ * batch_);
     if (call.grad_weight_ih && !transform_weights_)
       weight_ih_.allocate();
     if (call.grad_weight_hh && !transform_weights_)
@@ -431,6 +442,7 @@ private:
   struct ThreadState {
     ProductScratch<N> scratch;
     WinogradScratch<T> winograd;
+    typename WinogradWeightGradient<T>::Scratch winograd_weights;
     Buffer<bool> pending;               // (B), dh comes from dz of the following step
     Buffer<bool> from_end;              // (B), dh begins with grad_h_n
     Buffer<bool> has_dc;                // (B), dc_ is not all zero
@@ -489,6 +501,8 @@ private:
 
   void run_thread(ThreadState &state, int thread, int threads) {
     const DType state_type = sizeof(T) == 8 ? DType::float64 : DType::float32;
+    if (transform_weights_)
+      winograd_weights_.allocate(state.winograd_weights, threads);
     with_type(call_.dtype, [&](auto from) {
       using From = decltype(from);
       to_h_.template pack<From>(call_.weight_hh, channels_, thread, threads);
@@ -708,7 +722,7 @@ private:
         for (int64_t k = 0; k < count; ++k)
           state.dz_images[k] = dz_slot(begin + state.active[k] / batch_, state.active[k] % batch_);
         const T *const *images[kWinogradInputs] = {state.images.get(), state.h_images.get()};
-        winograd_weights_.add(state.dz_images.get(), images, count, thread, threads);
+        winograd_weights_.add(state.dz_images.get(), images, count, state.winograd_weights, thread, threads);
       }
     }
     if ((call_.grad_weight_ih || call_.grad_weight_hh) && !transform_weights_) {
