@@ -13,6 +13,7 @@ import torch
 from synthetic_clips import WORDS, moving_bar
 
 from fused_convlstm.analysis import TrainedReader, read_stream, read_words
+from fused_convlstm.analysis.visualize import _pictures
 from fused_convlstm.cli import main
 from fused_convlstm.data import ClipDataset, WholeFrame, split_by_name, write_video
 from fused_convlstm.training import load_recipe
@@ -200,5 +201,7 @@ def test_predict_of_gestures(content: str, channels: int, action: Path, tmp_path
     (word,) = read_words(reader, frames, threshold=0.0)
     assert (word.start, word.end) == (0, STEPS)
     assert read_words(reader, frames, threshold=1.0) == []
+    drawn = _pictures(reader, action / "cache", "test")[0].frames
+    assert drawn.shape == (STEPS, 3, 32, 32), "pictures are drawn also where the model reads flow alone"
     with pytest.raises(ValueError, match="reads frames spread over a whole clip; it cannot read a stream"):
         next(read_stream(reader, []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def visualize(reader: TrainedReader, cache: str | Path, split: str, out: Path, *
     For every clip a picture ``NAME.png``, a row a layer, and a video ``NAME.mp4``; returns the pictures.
     """
     dataset = reader.dataset(cache, split)
+    shown = _pictures(reader, cache, split)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for index in _first_of_each_class(dataset, clips):
         clip = dataset[index]
         record, chosen = record_clip(reader, clip, dataset.flow)
-        frames = as_pictures(_middle(reader, clip.frames))
+        frames = as_pictures(_middle(reader, shown[index].frames))
         rows = [(f"{clip.text}\n(read: {reader.task.classes[chosen]})", frames)]
         for name, hidden in record.hidden.items():
             rows.append((f"{name}\nfusion", overlay(frames, fusion_maps(hidden)[:, 0])))
@@ -101,6 +103,7 @@ def localize(
         ValueError: the model has no attention.
     """
     dataset = reader.dataset(cache, split)
+    shown = _pictures(reader, cache, split)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     overlaps, pointed, truths = [], [], []
@@ -123,10 +126,10 @@ def localize(
         for t, (x, y, box_width, box_height) in enumerate(tube):
             rows.append({"clip": clip.name, "frame": t, "x": x, "y": y, "width": box_width, "height": box_height})
         if index < pictures:
-            frames = as_pictures(clip.frames)
+            frames = as_pictures(shown[index].frames)
             drawn = draw_boxes(frames, tube, FOUND)
             lines = [(clip.text, drawn if truth is None else draw_boxes(drawn, truth, TRUTH))]
-            lines.append(("attention", overlay(as_pictures(_middle(reader, clip.frames)), maps)))
+            lines.append(("attention", overlay(as_pictures(_middle(reader, shown[index].frames)), maps)))
             save_grid(out / f"{clip.name.replace('/', '_')}.png", lines)
     write_csv(out / "tubes.csv", rows)
     scores: dict[str, Any] = {"clips": len(dataset)}
@@ -185,6 +188,11 @@ def fuse(
         weight * torch.stack([by_name[name] for name in names]) for weight, by_name in zip(weights, scores, strict=True)
     ]
     return word_scores(torch.stack(weighted).sum(0) / sum(weights), torch.tensor([labels[name] for name in names]))
+
+
+def _pictures(reader: TrainedReader, cache: str | Path, split: str) -> ClipDataset:
+    """The clips to draw: with pictures, of a model that reads the flow alone too."""
+    return (replace(reader, content="picture") if reader.content == "flow" else reader).dataset(cache, split)
 
 
 def _crop_side(reader: TrainedReader, frames: Tensor) -> int:
