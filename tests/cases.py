@@ -90,6 +90,20 @@ class Tensors:
             tuple(map(convert, self.grads)),
         )  # type: ignore[arg-type]
 
+    def part(
+        self, begin: int, end: int, samples: slice = slice(None), hx: tuple[Tensor, Tensor] | None = None
+    ) -> Tensors:
+        """Steps ``begin`` to ``end`` of some samples, from another initial state if ``hx`` is given."""
+        if hx is None and self.hx is not None:
+            hx = (self.hx[0][samples], self.hx[1][samples])
+        return replace(
+            self,
+            input=self.input[begin:end, samples],
+            hx=hx,
+            lengths=None if self.lengths is None else (self.lengths[samples] - begin).clamp(0, end - begin),
+            reset=None if self.reset is None else self.reset[begin:end, samples],
+        )
+
 
 def make_tensors(case: Case) -> Tensors:
     """Float64 tensors of the case, exactly representable in float16 and bfloat16, so that every precision is judged

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from cases import Case, make_tensors, run
-from tolerances import assert_within_error_bar
+from tolerances import FACTOR, assert_within_error_bar
 
 
 @contextmanager
@@ -29,20 +29,79 @@ def check_against_reference(
     device: str = "cpu",
     training: bool = True,
     precision: torch.dtype | None = None,
+    factor: float = FACTOR,
 ) -> None:
     """The kernel's results against the float64 reference, by the error-bar rule; ``precision`` is that of the products
-    if it is not that of the tensors."""
+    if it is not that of the tensors, ``factor`` what is allowed beside plain PyTorch's error."""
     tensors = make_tensors(case)
     exact = run(case, tensors, "reference", training)
     plain = run(case, tensors.to(dtype, device), "reference", training)
     with poisoned_memory():
         actual = run(case, tensors.to(dtype, device), backend, training)
-    assert_within_error_bar(actual, plain, exact, precision or dtype)
+    assert_within_error_bar(actual, plain, exact, precision or dtype, factor)
+
+
+def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
 
 
 def check_repeatable(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Two runs give the same bits."""
     tensors = make_tensors(case).to(dtype, device)
-    first, second = run(case, tensors, backend), run(case, tensors, backend)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert_same_bits(run(case, tensors, backend), run(case, tensors, backend))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_threads(case: Case, dtype: torch.dtype, counts: tuple[int, ...] = (2, 3, 7)) -> None:
+    """On the CPU, any number of threads gives the same bits, forward and backward."""
+    tensors = make_tensors(case).to(dtype)
+    with threads(1):
+        expected = run(case, tensors, "cpu")
+    for count in counts:
+        with threads(count):
+            assert_same_bits(run(case, tensors, "cpu"), expected)
+
+
+def check_batch(case: Case, dtype: torch.dtype) -> None:
+    """On the CPU, a sample alone gives the bits that it gives among others."""
+    tensors = make_tensors(case).to(dtype)
+    together = run(case, tensors, "cpu", training=False)
+    for b in range(case.batch):
+        result = run(case, tensors.part(0, case.steps, slice(b, b + 1)), "cpu", training=False)
+        expected = {name: x[:, b : b + 1] if name == "output" else x[b : b + 1] for name, x in together.items()}
+        assert_same_bits(result, expected)
+
+
+def check_chunks(case: Case, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """On the CPU, chunks of ``sizes`` steps that hand on their state give the bits of the whole."""
+    tensors = make_tensors(case).to(dtype)
+    whole = run(case, tensors, "cpu", training=False)
+    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    outputs: dict[int, torch.Tensor] = {}
+    hx = tensors.hx
+    for begin, end in reversed(bounds) if case.reverse else bounds:
+        chunk = run(case, tensors.part(begin, end, hx=hx), "cpu", training=False)
+        outputs[begin] = chunk["output"]
+        hx = (chunk["h_n"], chunk["c_n"])
+    output = torch.cat([outputs[begin] for begin, _ in bounds])
+    assert_same_bits({"output": output, "h_n": hx[0], "c_n": hx[1]}, whole)
+
+
+def check_bits(case: Case, dtype: torch.dtype) -> None:
+    """What holds of the bits of every call of the CPU kernels."""
+    check_repeatable(case, "cpu", dtype)
+    check_threads(case, dtype, (3,))
+    check_batch(case, dtype)
+    if case.steps > 1:
+        check_chunks(case, dtype, (1, case.steps - 1))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
 from hypothesis import HealthCheck, given, settings
-from kernel_checks import check_against_reference, check_repeatable, poisoned_memory
+from kernel_checks import (
+    check_against_reference,
+    check_batch,
+    check_bits,
+    check_chunks,
+    check_repeatable,
+    check_threads,
+    poisoned_memory,
+)
 from strategies import cases
 
 from fused_convlstm import _cpu
@@ -33,21 +40,6 @@ def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", [*ORDINARY, *LARGE], ids=case_id)
 def test_training(case: Case, dtype: torch.dtype) -> None:
@@ -65,6 +57,13 @@ def test_inference(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_sweep(case: Case, dtype: torch.dtype) -> None:
     check_against_reference(case, "cpu", dtype)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(case=cases("conv_lstm2d"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_sweep_of_bits(case: Case, dtype: torch.dtype) -> None:
+    check_bits(case, dtype)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
@@ -88,40 +87,19 @@ def test_every_instruction_set(instruction_set: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
 def test_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype) -> None:
-    tensors = make_tensors(case).to(dtype)
-    results = []
-    for count in (1, 2, 3):
-        with threads(count):
-            results.append(run(case, tensors, "cpu"))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
+    check_threads(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
 def test_forward_bits_do_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, batch=5)
-    tensors = make_tensors(case).to(dtype)
-    together = run(case, tensors, "cpu", training=False)
-    for b in range(case.batch):
-        alone = replace(tensors, input=tensors.input[:, b : b + 1], hx=tuple(x[b : b + 1] for x in tensors.hx))
-        result = run(case, alone, "cpu", training=False)
-        expected = {name: x[:, b : b + 1] if name == "output" else x[b : b + 1] for name, x in together.items()}
-        assert_same_bits(result, expected)
+    check_batch(replace(case, batch=5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], replace(LARGE[3], reverse=False)], ids=case_id)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[3]], ids=case_id)
 def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, steps=5)
-    tensors = make_tensors(case).to(dtype)
-    whole = run(case, tensors, "cpu", training=False)
-    outputs, hx = [], tensors.hx
-    for begin, end in ((0, 1), (1, 4), (4, 5)):
-        chunk = run(case, replace(tensors, input=tensors.input[begin:end], hx=hx), "cpu", training=False)
-        outputs.append(chunk["output"])
-        hx = (chunk["h_n"], chunk["c_n"])
-    assert_same_bits({"output": torch.cat(outputs), "h_n": hx[0], "c_n": hx[1]}, whole)
+    check_chunks(replace(case, steps=5), dtype, (1, 3, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

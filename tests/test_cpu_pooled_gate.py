@@ -3,15 +3,21 @@ count, batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, case_id, in_layout, make_tensors, ordinary, run
 from hypothesis import HealthCheck, given, settings
-from kernel_checks import check_against_reference, check_repeatable, poisoned_memory
+from kernel_checks import (
+    assert_same_bits,
+    check_against_reference,
+    check_batch,
+    check_chunks,
+    check_repeatable,
+    poisoned_memory,
+    threads,
+)
 from strategies import cases
 
 from fused_convlstm import _cpu, ops
@@ -32,21 +38,6 @@ LARGE = [
     replace(BASE, in_channels=66, hidden_channels=33, size=(5, 5), stride=(2, 2), reverse=True, lengths=True, batch=5),
     replace(BASE, in_channels=2, hidden_channels=3, size=(3, 130), steps=2, batch=1, padding_mode="circular"),
 ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -89,31 +80,13 @@ def test_forward_bits_depend_neither_on_threads_nor_on_the_batch(case: Case, dty
             results.append(run(case, tensors, "cpu", training=False))
     for result in results[1:]:
         assert_same_bits(result, results[0])
-    for b in range(case.batch):
-        alone = replace(
-            tensors,
-            input=tensors.input[:, b : b + 1],
-            hx=tuple(x[b : b + 1] for x in tensors.hx),
-            lengths=None if tensors.lengths is None else tensors.lengths[b : b + 1],
-        )
-        result = run(case, alone, "cpu", training=False)
-        assert_same_bits(
-            result, {name: x[:, b : b + 1] if name == "output" else x[b : b + 1] for name, x in results[0].items()}
-        )
+    check_batch(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[4]], ids=case_id)
 def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, steps=5)
-    tensors = make_tensors(case).to(dtype)
-    whole = run(case, tensors, "cpu", training=False)
-    outputs, hx = [], tensors.hx
-    for begin, end in ((0, 1), (1, 4), (4, 5)):
-        chunk = run(case, replace(tensors, input=tensors.input[begin:end], hx=hx), "cpu", training=False)
-        outputs.append(chunk["output"])
-        hx = (chunk["h_n"], chunk["c_n"])
-    assert_same_bits({"output": torch.cat(outputs), "h_n": hx[0], "c_n": hx[1]}, whole)
+    check_chunks(replace(case, steps=5), dtype, (1, 3, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

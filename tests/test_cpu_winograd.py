@@ -9,9 +9,17 @@ import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
 from hypothesis import HealthCheck, given, settings
-from kernel_checks import check_against_reference, check_repeatable
+from kernel_checks import (
+    assert_same_bits,
+    check_against_reference,
+    check_batch,
+    check_bits,
+    check_chunks,
+    check_repeatable,
+    check_threads,
+)
 from strategies import cases
-from test_cpu_conv_lstm2d import assert_same_bits, threads
+from tolerances import WINOGRAD_FACTOR
 
 from fused_convlstm import _cpu, explain, use_winograd
 from fused_convlstm import functional as FC
@@ -64,7 +72,13 @@ def test_inference(case: Case) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(case=cases("conv_lstm2d").map(as_eligible))
 def test_sweep(case: Case) -> None:
-    check_against_reference(case, "cpu", torch.float32)
+    check_against_reference(case, "cpu", torch.float32, factor=WINOGRAD_FACTOR[2])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(case=cases("conv_lstm2d").map(as_eligible))
+def test_sweep_of_bits(case: Case) -> None:
+    check_bits(case, torch.float32)
 
 
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
@@ -81,37 +95,17 @@ def test_every_instruction_set(instruction_set: str) -> None:
 
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
 def test_bits_do_not_depend_on_threads(case: Case) -> None:
-    tensors = make_tensors(case).to(torch.float32)
-    results = []
-    for count in (1, 2, 3, 7):
-        with threads(count):
-            results.append(run(case, tensors, "cpu"))
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+    check_threads(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
 def test_forward_bits_do_not_depend_on_the_batch(case: Case) -> None:
-    case = replace(case, batch=5)
-    tensors = make_tensors(case).to(torch.float32)
-    together = run(case, tensors, "cpu", training=False)
-    for b in range(case.batch):
-        alone = replace(tensors, input=tensors.input[:, b : b + 1], hx=tuple(x[b : b + 1] for x in tensors.hx))
-        result = run(case, alone, "cpu", training=False)
-        expected = {name: x[:, b : b + 1] if name == "output" else x[b : b + 1] for name, x in together.items()}
-        assert_same_bits(result, expected)
+    check_batch(replace(case, batch=5), torch.float32)
 
 
-def test_chunks_give_the_bits_of_the_whole() -> None:
-    case = replace(LARGE[0], steps=4)
-    tensors = make_tensors(case).to(torch.float32)
-    whole = run(case, tensors, "cpu", training=False)
-    outputs, hx = [], tensors.hx
-    for begin, end in ((0, 1), (1, 4)):
-        chunk = run(case, replace(tensors, input=tensors.input[begin:end], hx=hx), "cpu", training=False)
-        outputs.append(chunk["output"])
-        hx = (chunk["h_n"], chunk["c_n"])
-    assert_same_bits({"output": torch.cat(outputs), "h_n": hx[0], "c_n": hx[1]}, whole)
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_chunks_give_the_bits_of_the_whole(case: Case) -> None:
+    check_chunks(replace(case, steps=5), torch.float32, (1, 3, 1))
 
 
 def test_repeatable() -> None:
