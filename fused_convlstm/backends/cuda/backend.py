@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base import Backend
-from ..call import Call, ConvLSTMOptions
+from ..call import Call
 from . import conv_lstm2d, measured, pooled_gate
 from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels
 
@@ -116,102 +116,23 @@ class CudaBackend(Backend):
         finally:
             torch.backends.cudnn.deterministic = before
 
-    def conv_lstm2d(
-        self,
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        peephole: Tensor | None,
-        step_flags: Tensor | None,
-        options: ConvLSTMOptions,
-        save: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def conv_lstm2d(self, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with self._on_device(input):
-            return conv_lstm2d.forward(
-                self._kernels(input), input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, options, save
-            )
+            return conv_lstm2d.forward(self._kernels(input), input, *args)
 
-    def conv_lstm2d_backward(
-        self,
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        peephole: Tensor | None,
-        step_flags: Tensor | None,
-        output: Tensor,
-        gates: Tensor,
-        cells: Tensor,
-        options: ConvLSTMOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        with self._on_device(input):
-            return conv_lstm2d.backward(
-                self._kernels(input), grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weight_ih, weight_hh, bias,
-                peephole, step_flags, output, gates, cells, options, needs,
-            )  # fmt: skip
+    def conv_lstm2d_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
+        with self._on_device(args[3]):
+            return conv_lstm2d.backward(self._kernels(args[3]), *args)
 
     def pooled_gate_conv_lstm2d(
-        self,
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        gate_weight_ih: Tensor,
-        gate_weight_hh: Tensor,
-        gate_bias: Tensor | None,
-        depthwise_ih: Tensor,
-        depthwise_hh: Tensor,
-        pointwise_ih: Tensor,
-        pointwise_hh: Tensor,
-        bias: Tensor | None,
-        step_flags: Tensor | None,
-        options: ConvLSTMOptions,
-        save: str,
+        self, input: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         with self._on_device(input):
-            return pooled_gate.forward(
-                self._kernels(input), input, h_0, c_0, gate_weight_ih, gate_weight_hh, gate_bias, depthwise_ih,
-                depthwise_hh, pointwise_ih, pointwise_hh, bias, step_flags, options, save,
-            )  # fmt: skip
+            return pooled_gate.forward(self._kernels(input), input, *args)
 
-    def pooled_gate_conv_lstm2d_backward(
-        self,
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        gate_weight_ih: Tensor,
-        gate_weight_hh: Tensor,
-        gate_bias: Tensor | None,
-        depthwise_ih: Tensor,
-        depthwise_hh: Tensor,
-        pointwise_ih: Tensor,
-        pointwise_hh: Tensor,
-        bias: Tensor | None,
-        step_flags: Tensor | None,
-        output: Tensor,
-        gates: Tensor,
-        candidate: Tensor,
-        cells: Tensor,
-        options: ConvLSTMOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        with self._on_device(input):
-            return pooled_gate.backward(
-                self._kernels(input), grad_output, grad_h_n, grad_c_n, input, h_0, c_0, gate_weight_ih,
-                gate_weight_hh, gate_bias, depthwise_ih, depthwise_hh, pointwise_ih, pointwise_hh, bias, step_flags,
-                output, gates, candidate, cells, options, needs,
-            )  # fmt: skip
+    def pooled_gate_conv_lstm2d_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
+        with self._on_device(args[3]):
+            return pooled_gate.backward(self._kernels(args[3]), *args)
 
 
 def _tf32_allowed() -> bool:
