@@ -14,6 +14,7 @@ import torch
 import fused_convlstm
 
 WINOGRAD = "fused, Winograd"  # with use_winograd("auto")
+DRAWN = {"fused": "#3b6ea5", WINOGRAD: "#c8803a"}  # colours of the bars
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,44 @@ def _memory_ratio(fused: Measurement, peers: dict[str, Measurement]) -> str:
 
 
 def chart(measurements: list[Measurement], path: Path) -> None:
-    """Bars: how many times as fast as the strongest peer, a panel for each cell and task."""
+    """Bars: how many times as fast as the strongest peer, a panel for each task (rows) and cell (columns)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    panels: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for m in measurements:
-        groups.setdefault((m.cell, m.task), {}).setdefault(m.shape, {})[m.implementation] = m.median_ms
-    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 2.4 * len(groups)), squeeze=False, layout="constrained")
-    for axis, ((cell, task), shapes) in zip(axes[:, 0], groups.items(), strict=True):
-        ratios = {
-            shape: min(t for name, t in times.items() if not name.startswith("fused")) / times["fused"]
-            for shape, times in shapes.items()
-        }
-        bars = axis.bar(list(ratios), list(ratios.values()), color="#3b6ea5")
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{cell}, {task}", fontsize=9, loc="left")
-        axis.set_ylabel("speed-up over peer", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(y=0.15)
-    figure.savefig(path, dpi=150)
+        panels.setdefault(m.task, {}).setdefault(m.cell, {}).setdefault(m.shape, {})[m.implementation] = m.median_ms
+    cells = list(dict.fromkeys(m.cell for m in measurements))
+    figure, axes = plt.subplots(
+        len(panels), len(cells), figsize=(7 * len(cells), 2.2 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for row, (task, by_cell) in zip(axes, panels.items(), strict=True):
+        for axis, cell in zip(row, cells, strict=True):
+            shapes = by_cell.get(cell, {})
+            peers = {
+                shape: min(t for name, t in times.items() if not name.startswith("fused"))
+                for shape, times in shapes.items()
+            }
+            drawn = [name for name in DRAWN if any(name in times for times in shapes.values())]
+            width = 0.8 / max(1, len(drawn))
+            for n, name in enumerate(drawn):
+                ratios = {
+                    k: peers[shape] / times[name] for k, (shape, times) in enumerate(shapes.items()) if name in times
+                }
+                places = [k + width * (n - (len(drawn) - 1) / 2) for k in ratios]
+                bars = axis.bar(places, list(ratios.values()), width, color=DRAWN[name], label=name)
+                axis.bar_label(bars, fmt="%.2f", fontsize=7)
+            axis.axhline(1.0, color="black", linewidth=0.8)
+            axis.set_title(f"{cell}, {task}", fontsize=9, loc="left")
+            axis.set_ylabel("speed-up over peer", fontsize=8)
+            axis.set_xticks(range(len(shapes)), list(shapes))
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(y=0.15)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
