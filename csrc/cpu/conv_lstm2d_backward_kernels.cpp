@@ -9,14 +9,16 @@ namespace FC_ISA {
 namespace {
 
 // Products with transposed weights: from dz of all gates to gradients of the channels that the gates read.
-template <class T> struct TransposedConvolution {
-  static constexpr int L = kLanes<T>;
-  static constexpr bool kCanTransform = sizeof(T) == 4;
+template <class N> struct TransposedConvolution {
+  using Elem = typename N::Elem;
+  using T = typename N::Acc;
+  static constexpr int L = kLanes<T>, G = N::kGroup;
+  static constexpr bool kCanTransform = sizeof(Elem) == 4;
   const Geometry &geometry;
   Blocks blocks; // of input channels
   int64_t out_per_group;
   bool transformed;
-  Buffer<T> weights;           // [block][tap][gate, channel][lane]
+  Buffer<Elem> weights;        // [block][tap][gate, channel / G][lane][G]
   WinogradProduct<T> winograd; // empty unless transformed
 
   TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_,
@@ -42,15 +44,16 @@ template <class T> struct TransposedConvolution {
     for (int64_t part = range.begin; part < range.end; ++part) {
       const int64_t block = part / taps, tap = part % taps, lanes = blocks.channels(block);
       const int64_t width = vectors(block) * L;
-      T *to = weights.get() + block * block_stride() + tap * 4 * out_per_group * width;
+      Elem *to = weights.get() + block * block_stride() + tap * 4 * out_per_group * width;
       const From *from = static_cast<const From *>(weight.data) + tap / kernel_w * weight.stride[2] +
                          tap % kernel_w * weight.stride[3] + blocks.first(block) * weight.stride[1];
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t n = 0; n < out_per_group; ++n, to += width) {
-          const From *at = from + (gate * channels + blocks.group(block) * out_per_group + n) * weight.stride[0];
-          for (int64_t lane = 0; lane < width; ++lane)
-            to[lane] = lane < lanes ? convert<T>(at[lane * weight.stride[1]]) : T{};
-        }
+      for (int64_t n = 0; n < 4 * out_per_group; ++n) {
+        const int64_t out = n / out_per_group * channels + blocks.group(block) * out_per_group + n % out_per_group;
+        const From *at = from + out * weight.stride[0];
+        Elem *row = to + n / G * G * width + n % G;
+        for (int64_t lane = 0; lane < width; ++lane)
+          row[lane * G] = lane < lanes ? convert<Elem>(at[lane * weight.stride[1]]) : Elem{};
+      }
     }
     if constexpr (kCanTransform) {
       if (transformed) {
@@ -65,7 +68,7 @@ template <class T> struct TransposedConvolution {
   // This thread's part of the sums for all pixels of `count` images: body(block, begin, end, sums) for pixels of the
   // images laid end to end. images: dz rows of each, null for zeros.
   template <class Body>
-  void run(const T *const *images, int64_t count, int thread, int threads, const ProductScratch<Plain<T>> &scratch,
+  void run(const Elem *const *images, int64_t count, int thread, int threads, const ProductScratch<N> &scratch,
            const WinogradScratch<T> &winograd_scratch, const Body &body) const {
     if constexpr (kCanTransform) {
       if (transformed) {
@@ -100,9 +103,8 @@ private:
     }
   }
 
-  void run_direct(const T *const *images, int64_t block, int64_t begin, int64_t end,
-                  const ProductScratch<Plain<T>> &scratch) const {
-    using N = Plain<T>;
+  void run_direct(const Elem *const *images, int64_t block, int64_t begin, int64_t end,
+                  const ProductScratch<N> &scratch) const {
     const int64_t group_row = 4 * out_per_group;
     const Operand<N> operand{images,
                              weights.get(),
@@ -110,7 +112,7 @@ private:
                              group_row,
                              block_stride(),
                              geometry.taps,
-                             int(group_row),
+                             int(group_row / G),
                              false,
                              nullptr,
                              geometry.transposed.data(),
@@ -136,26 +138,29 @@ struct PixelPair {
   int64_t dz, input; // where a pixel's dz and the pixel that it read lie, in elements
 };
 
-// sums[p][lane] += dz[k][p] * input[k][lane] over the pairs k
-template <class T, int NV>
-static __attribute__((noinline)) void weight_gradient_tile(T *sums, const T *panel, const T *input,
-                                                           const PixelPair *pairs, int64_t count) {
-  constexpr int L = kLanes<T>;
+// sums[p][lane] += dz[k][p] * input[k][lane] over the pairs k; each of dz and input is N::kGroup numbers, of so many
+// images.
+template <class N, int NV>
+static __attribute__((noinline)) void weight_gradient_tile(typename N::Acc *sums, const typename N::Elem *panel,
+                                                           const typename N::Elem *input, const PixelPair *pairs,
+                                                           int64_t count) {
+  using T = typename N::Acc;
+  constexpr int L = kLanes<T>, G = N::kGroup;
   for (int64_t first = 0; first < count; first += kChain) {
     const int64_t last = smaller(count, first + kChain);
     Vec<T> sum[kPanel][NV];
-    clear_sums<Plain<T>, kPanel, NV>(sum);
+    clear_sums<N, kPanel, NV>(sum);
     for (int64_t k = first; k < last; ++k) {
-      const T *a = panel + pairs[k].dz, *b = input + pairs[k].input;
+      const typename N::Elem *a = panel + pairs[k].dz, *b = input + pairs[k].input;
       Vec<T> w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
-        w[v] = load(b + v * L);
+        w[v] = N::load_weights(b + v * L * G);
 #pragma GCC unroll 6
       for (int p = 0; p < kPanel; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v)
-          sum[p][v] = fma(splat<T>(a[p]), w[v], sum[p][v]);
+          sum[p][v] = N::multiply_add(sum[p][v], a + p * G, w[v]);
     }
 #pragma GCC unroll 6
     for (int p = 0; p < kPanel; ++p)
@@ -167,24 +172,26 @@ static __attribute__((noinline)) void weight_gradient_tile(T *sums, const T *pan
   }
 }
 
-template <class T>
-static void weight_gradient_tile(int64_t vectors, T *sums, const T *panel, const T *input, const PixelPair *pairs,
-                                 int64_t count) {
+template <class N>
+static void weight_gradient_tile(int64_t vectors, typename N::Acc *sums, const typename N::Elem *panel,
+                                 const typename N::Elem *input, const PixelPair *pairs, int64_t count) {
   switch (vectors) {
   case 1:
-    return weight_gradient_tile<T, 1>(sums, panel, input, pairs, count);
+    return weight_gradient_tile<N, 1>(sums, panel, input, pairs, count);
   case 2:
-    return weight_gradient_tile<T, 2>(sums, panel, input, pairs, count);
+    return weight_gradient_tile<N, 2>(sums, panel, input, pairs, count);
   case 3:
-    return weight_gradient_tile<T, 3>(sums, panel, input, pairs, count);
+    return weight_gradient_tile<N, 3>(sums, panel, input, pairs, count);
   default:
-    return weight_gradient_tile<T, 4>(sums, panel, input, pairs, count);
+    return weight_gradient_tile<N, 4>(sums, panel, input, pairs, count);
   }
 }
 
 // Gradient of one convolution's weights, summed chunk by chunk.
-template <class T> struct WeightGradient {
-  static constexpr int L = kLanes<T>;
+template <class N> struct WeightGradient {
+  using Elem = typename N::Elem;
+  using T = typename N::Acc;
+  static constexpr int L = kLanes<T>, G = N::kGroup;
   const Geometry &geometry;
   Blocks blocks; // of input channels
   int64_t out_per_group, tiles;
@@ -204,31 +211,31 @@ template <class T> struct WeightGradient {
     sums.fill_zero();
   }
 
-  // This thread's part of a chunk. panels: dz as [group][tile][pixel of all images][kPanel]; inputs: rows of each
-  // image, as offsets from `base`, negative for images to leave out.
-  void add(const T *panels, const T *base, const int64_t *inputs, int64_t images, int64_t row, PixelPair *pairs,
+  // This thread's part of a chunk of `sets` of G images. panels: dz as [group][tile][pixel of all sets][kPanel][G];
+  // inputs: rows [pixel][channel][G] of each set, as offsets from `base`, negative for sets to leave out.
+  void add(const Elem *panels, const Elem *base, const int64_t *inputs, int64_t sets, const Row &row, PixelPair *pairs,
            int thread, int threads) const {
-    const int64_t pixels = geometry.out_pixels, in_per_group = blocks.per_group;
-    const int64_t panel_size = images * pixels * kPanel;
+    const int64_t pixels = geometry.out_pixels, pixel_row = row.size() * G;
+    const int64_t panel_size = sets * pixels * kPanel * G;
     const Range range = part_of(tiles, thread, threads);
     for (const Pass &pass : geometry.forward) {
       int64_t count = 0;
-      for (int64_t image = 0; image < images; ++image) {
-        if (inputs[image] < 0)
+      for (int64_t set = 0; set < sets; ++set) {
+        if (inputs[set] < 0)
           continue;
         for (int j = 0; j < pass.count; ++j)
-          pairs[count++] = {(image * pixels + pass.dst[j]) * kPanel, inputs[image] + pass.src[j] * row};
+          pairs[count++] = {(set * pixels + pass.dst[j]) * kPanel * G, inputs[set] + pass.src[j] * pixel_row};
       }
       for (int64_t group = 0; group < blocks.groups; ++group)
         for (int64_t block = 0; block < blocks.blocks_per_group; ++block)
           for (int64_t first = 0; first < count; first += kPixelBlock) {
             const int64_t length = smaller(kPixelBlock, count - first);
             const int64_t vectors = (blocks.channels(block) + L - 1) / L;
-            const T *input = base + group * in_per_group + blocks.first(block);
+            const Elem *input = base + (group * row.padded + blocks.first(block)) * G;
             for (int64_t tile = range.begin; tile < range.end; ++tile) {
               T *to = at(group, pass.tap, block, tile);
-              const T *panel = panels + (group * tiles + tile) * panel_size;
-              weight_gradient_tile(vectors, to, panel, input, pairs + first, length);
+              const Elem *panel = panels + (group * tiles + tile) * panel_size;
+              weight_gradient_tile<N>(vectors, to, panel, input, pairs + first, length);
             }
           }
     }
@@ -319,9 +326,10 @@ template <class T> struct WinogradWeightGradient {
           const T *input = inputs.get() + position * input_plane + first * windows.depth + block * kVectors * L;
           const int64_t channels = smaller(kVectors * L, windows.depth - block * kVectors * L);
           for (int64_t panel = range.begin; panel < range.end; ++panel)
-            weight_gradient_tile((channels + L - 1) / L, at(position, block, panel),
-                                 scratch.dz.get() + position * scratch.plane + (panel - range.begin) * kPanel, input,
-                                 scratch.pairs.get(), length);
+            weight_gradient_tile<Plain<T>>(
+                (channels + L - 1) / L, at(position, block, panel),
+                scratch.dz.get() + position * scratch.plane + (panel - range.begin) * kPanel, input,
+                scratch.pairs.get(), length);
         }
     }
   }
@@ -357,33 +365,59 @@ private:
   }
 };
 
-// T: type of all arithmetic. Io: type of the caller's tensors.
-template <class T, class Io> class Backward {
-  using N = Plain<T>;
-  static constexpr int L = kLanes<T>;
+// to[k * G + r] = rows[r][first + k], k < n; zeros for rows that are null.
+template <int G, class Elem> static FC_INLINE void interleave(Elem *to, const Elem *const *rows, int64_t first, int64_t n) {
+  if constexpr (G == 1) {
+    if (rows[0] != nullptr)
+      std::memcpy(to, rows[0] + first, size_t(n) * sizeof(Elem));
+    else
+      std::memset(static_cast<void *>(to), 0, size_t(n) * sizeof(Elem));
+  } else {
+    const auto at = [&](int r, int64_t k) { // may read beyond the row, where the buffers have slack
+      if (rows[r] == nullptr)
+        return BitVec{};
+      return __builtin_convertvector(*reinterpret_cast<const UnalignedHalfVec *>(rows[r] + first + k), BitVec);
+    };
+    constexpr int L = kLanes<float>;
+    for (int64_t k = 0; k < n; k += L)
+      store_first(reinterpret_cast<float *>(to + k * G), (Vec<float>)(at(0, k) | at(1, k) << 16),
+                  int(smaller(L, n - k)));
+  }
+}
+
+// N: number types of the products. Io: type of the caller's tensors.
+template <class N, class Io> class Backward {
+  using Elem = typename N::Elem; // dz is rounded to it
+  using T = typename N::Acc;     // of all other arithmetic
+  static constexpr int L = kLanes<T>, G = N::kGroup;
+  static constexpr bool kCanTransform = sizeof(Elem) == 4;
   static constexpr int kInitial = -1, kZero = -2; // state before a step: the sequence's initial one; zero by a reset
 
 public:
   explicit Backward(const ConvLSTM2dBackward &call)
       : call_(call), batch_(call.batch), channels_(call.channels), per_group_(call.channels / call.groups),
         pixels_(call.recurrent_conv->out_pixels), width_(call.recurrent_conv->shape.out_width),
-        input_row_{call.groups, call.in_channels / call.groups, call.in_channels / call.groups},
-        h_row_{call.groups, per_group_, per_group_}, cell_row_{1, channels_, channels_},
+        input_row_{call.groups, call.in_channels / call.groups, round_up(call.in_channels / call.groups, G)},
+        h_row_{call.groups, per_group_, round_up(per_group_, G)}, cell_row_{1, channels_, channels_},
         input_rows_per_image_(int64_t(call.input_conv->in_pixels) + 1), h_rows_per_image_(pixels_ + 1),
-        chunk_(larger(1, smaller(call.steps / 4, 3 * kPixelBlock / larger(1, batch_ * pixels_)))),
+        chunk_(chunk_steps(call)),
         to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_, call.winograd.to_h),
         to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_, call.winograd.to_input),
         weight_ih_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
         weight_hh_(*call.recurrent_conv, call.groups, per_group_, per_group_), lanes_(call.groups, per_group_, L),
         parameters_(call, lanes_), recompute_(call.gates == nullptr),
-        transform_weights_(sizeof(T) == 4 && call.winograd.to_weights && call.grad_weight_ih && call.grad_weight_hh) {
+        transform_weights_(kCanTransform && call.winograd.to_weights && call.grad_weight_ih && call.grad_weight_hh) {
     const int64_t frame = batch_ * pixels_;
     needs_input_rows_ = recompute_ || call.grad_weight_ih;
     needs_h_rows_ = recompute_ || call.grad_weight_hh;
     if (needs_input_rows_)
       input_rows_.allocate(chunk_ * batch_ * input_rows_per_image_ * input_row_.size());
     if (needs_h_rows_)
-      h_rows_.allocate(chunk_ * batch_ * h_rows_per_image_ * channels_);
+      h_rows_.allocate(chunk_ * batch_ * h_rows_per_image_ * h_row_.size());
+    if (G > 1 && call.grad_weight_ih)
+      input_sets_.allocate(sets(chunk_) * G * int64_t(call.input_conv->in_pixels) * input_row_.size());
+    if (G > 1 && call.grad_weight_hh)
+      h_sets_.allocate(sets(chunk_) * G * pixels_ * h_row_.size());
     dz_.allocate((chunk_ + 1) * frame * 4 * channels_);
     if (call.grad_output)
       grad_output_rows_.allocate(2 * frame * channels_);
@@ -404,7 +438,7 @@ public:
     if (call.grad_weight_hh && !transform_weights_)
       weight_hh_.allocate();
     if ((call.grad_weight_ih || call.grad_weight_hh) && !transform_weights_)
-      panels_.allocate(call.groups * weight_hh_.tiles * chunk_ * frame * kPanel);
+      panels_.allocate(call.groups * weight_hh_.tiles * sets(chunk_) * pixels_ * kPanel * G);
     if (call.grad_bias) {
       bias_sums_.allocate(4 * channels_);
       bias_sums_.fill_zero();
@@ -447,15 +481,24 @@ private:
     Buffer<bool> from_end;              // (B), dh begins with grad_h_n
     Buffer<bool> has_dc;                // (B), dc_ is not all zero
     Buffer<int64_t> active;             // samples of a step, or step * B + sample of a chunk
-    Buffer<const T *> images, h_images; // (active)
-    Buffer<const T *> dz_images;        // (active)
-    Buffer<int64_t> inputs;             // (chunk * B)
-    Buffer<PixelPair> pairs;            // (chunk * B * pixels)
+    Buffer<const Elem *> images, h_images; // (active)
+    Buffer<const Elem *> dz_images;        // (active)
+    Buffer<int64_t> inputs;                // (sets of a chunk)
+    Buffer<PixelPair> pairs;               // (sets of a chunk * pixels)
 
     ThreadState(int64_t batch, int64_t chunk, int64_t pixels)
         : pending(batch), from_end(batch), has_dc(batch), active(chunk * batch), images(chunk * batch),
           h_images(chunk * batch), dz_images(chunk * batch), inputs(chunk * batch), pairs(chunk * batch * pixels) {}
   };
+
+  // Steps of a chunk; for an odd batch an even number where it can be, as the weight gradients take G images at once.
+  static int64_t chunk_steps(const ConvLSTM2dBackward &call) {
+    const int64_t frame = larger(1, call.batch * call.recurrent_conv->out_pixels);
+    const int64_t steps = larger(1, smaller(call.steps / 4, 3 * kPixelBlock / frame));
+    return smaller(call.steps, call.batch % G == 0 ? steps : round_up(steps, G));
+  }
+  // Sets of G images that so many steps make.
+  int64_t sets(int64_t steps) const { return (steps * batch_ + G - 1) / G; }
 
   bool is_active(int64_t s, int64_t b) const { return !(flags_of(call_, s, b) & kFlagPastEnd); }
 
@@ -473,7 +516,7 @@ private:
     }
   }
 
-  T *dz_slot(int64_t s, int64_t b) const {
+  Elem *dz_slot(int64_t s, int64_t b) const {
     return dz_.get() + (s % (chunk_ + 1) * batch_ + b) * pixels_ * 4 * channels_;
   }
   const T *cells(int64_t s, int64_t b) const {
@@ -513,7 +556,7 @@ private:
       gates_.pack(call_, thread, threads);
     if (thread == 0 && recompute_) {
       zero_last_rows(input_rows_.get(), chunk_ * batch_, input_rows_per_image_, input_row_.size());
-      zero_last_rows(h_rows_.get(), chunk_ * batch_, h_rows_per_image_, channels_);
+      zero_last_rows(h_rows_.get(), chunk_ * batch_, h_rows_per_image_, h_row_.size());
     }
     const auto pack_state = [&](const Buffer<T> &rows, const Tensor &from, DType type) {
       if (from)
@@ -593,7 +636,7 @@ private:
       const int64_t index = state.active[k];
       state.images[k] = input_rows_.get() + index * input_rows_per_image_ * input_row_.size();
       state.h_images[k] = has_h_before(begin + index / batch_, index % batch_)
-                              ? h_rows_.get() + index * h_rows_per_image_ * channels_
+                              ? h_rows_.get() + index * h_rows_per_image_ * h_row_.size()
                               : nullptr;
     }
   }
@@ -625,9 +668,10 @@ private:
               }
               gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_first(cells(s, b) + at, lanes), gate[3]);
             }
-            T *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
+            Elem *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
             for (int n = 0; n < 4; ++n)
-              store_first(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]), lanes);
+              store_first_as<T>(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]),
+                                lanes);
           }
         });
   }
@@ -639,7 +683,7 @@ private:
         state.active[count] = b;
         state.images[count++] = state.pending[b] ? dz_slot(s + 1, b) : nullptr;
       } else if (state.pending[b] && b % threads == thread) { // the state passes through
-        std::memcpy(dz_slot(s, b), dz_slot(s + 1, b), size_t(pixels_ * 4 * channels_) * sizeof(T));
+        std::memcpy(dz_slot(s, b), dz_slot(s + 1, b), size_t(pixels_ * 4 * channels_) * sizeof(Elem));
       }
     }
     to_h_.run(state.images.get(), count, thread, threads, state.scratch, state.winograd,
@@ -668,7 +712,7 @@ private:
       const Io *saved = recompute_ ? nullptr
                                    : static_cast<const Io *>(call_.gates) +
                                          ((time_of(call_, s) * batch_ + b) * pixels_ + pixel) * 4 * channels_;
-      T *dz_row = dz_slot(s, b) + pixel * 4 * channels_;
+      Elem *dz_row = dz_slot(s, b) + pixel * 4 * channels_;
       for (int64_t first = 0; first < to_h_.blocks.channels(block); first += L) {
         const int lanes = int(smaller(L, to_h_.blocks.channels(block) - first));
         const int64_t in_group = to_h_.blocks.first(block) + first, channel = group * per_group_ + in_group;
@@ -680,7 +724,7 @@ private:
           dh = dh + load_first(grad_h_n_rows_.get() + row + channel, lanes);
         V gate[4];
         for (int n = 0; n < 4; ++n)
-          gate[n] = saved == nullptr ? load_first(dz_row + at + n * per_group_, lanes)
+          gate[n] = saved == nullptr ? load_first_as<T>(dz_row + at + n * per_group_, lanes)
                                      : load_first_as<T>(saved + at + n * per_group_, lanes);
         const V i = clamp_gate<T>(activation, gate[0]), f = clamp_gate<T>(activation, gate[1]);
         const V g = gate[2], o = clamp_gate<T>(activation, gate[3]);
@@ -705,10 +749,10 @@ private:
           dc_before = fma(load_first(peephole + channels_, lanes), dz_f, dc_before);
         }
         store_first(dc_.get() + row + channel, dc_before, lanes);
-        store_first(dz_row + at, dz_i, lanes);
-        store_first(dz_row + at + per_group_, dz_f, lanes);
-        store_first(dz_row + at + 2 * per_group_, dz_g, lanes);
-        store_first(dz_row + at + 3 * per_group_, dz_o, lanes);
+        store_first_as<T>(dz_row + at, dz_i, lanes);
+        store_first_as<T>(dz_row + at + per_group_, dz_f, lanes);
+        store_first_as<T>(dz_row + at + 2 * per_group_, dz_g, lanes);
+        store_first_as<T>(dz_row + at + 3 * per_group_, dz_o, lanes);
       }
     }
   }
@@ -716,7 +760,7 @@ private:
   // Gradients that are summed over steps, and that of the input.
   void finish_chunk(ThreadState &state, int64_t begin, int64_t end, int thread, int threads) {
     const int64_t count = list_active(state, begin, end);
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kCanTransform) {
       if (transform_weights_) {
         list_rows(state, count, begin);
         for (int64_t k = 0; k < count; ++k)
@@ -726,22 +770,30 @@ private:
       }
     }
     if ((call_.grad_weight_ih || call_.grad_weight_hh) && !transform_weights_) {
-      pack_panels(state, count, begin, end, thread, threads);
-#pragma omp barrier
+      const auto has_input = [&](int64_t k) { return is_active(begin + k / batch_, k % batch_); };
+      const auto has_h = [&](int64_t k) { return has_input(k) && has_h_before(begin + k / batch_, k % batch_); };
       const int64_t images = (end - begin) * batch_;
-      for (int64_t k = 0; k < images; ++k)
-        state.inputs[k] =
-            is_active(begin + k / batch_, k % batch_) ? k * input_rows_per_image_ * input_row_.size() : -1;
+      pack_panels(has_input, begin, images, thread, threads);
+      const int64_t in_pixels = int64_t(call_.input_conv->in_pixels);
+      if (G > 1 && call_.grad_weight_ih)
+        pack_sets(input_sets_.get(), input_rows_.get(), input_rows_per_image_, in_pixels, input_row_, has_input, images,
+                  thread, threads);
+      if (G > 1 && call_.grad_weight_hh)
+        pack_sets(h_sets_.get(), h_rows_.get(), h_rows_per_image_, pixels_, h_row_, has_h, images, thread, threads);
+#pragma omp barrier
+      const auto add = [&](const WeightGradient<N> &gradient, const Buffer<Elem> &rows, int64_t rows_per_image,
+                           const Buffer<Elem> &in_sets, int64_t pixels, const Row &row, const auto &present) {
+        for (int64_t set = 0; set < sets(end - begin); ++set) {
+          const bool any = present(set * G) || (G > 1 && set * G + 1 < images && present(set * G + 1));
+          state.inputs[set] = any ? set * (G > 1 ? G * pixels : rows_per_image) * row.size() : -1;
+        }
+        gradient.add(panels_.get(), G > 1 ? in_sets.get() : rows.get(), state.inputs.get(), sets(end - begin), row,
+                     state.pairs.get(), thread, threads);
+      };
       if (call_.grad_weight_ih)
-        weight_ih_.add(panels_.get(), input_rows_.get(), state.inputs.get(), images, input_row_.size(),
-                       state.pairs.get(), thread, threads);
-      for (int64_t k = 0; k < images; ++k) {
-        const int64_t s = begin + k / batch_, b = k % batch_;
-        state.inputs[k] = is_active(s, b) && has_h_before(s, b) ? k * h_rows_per_image_ * channels_ : -1;
-      }
+        add(weight_ih_, input_rows_, input_rows_per_image_, input_sets_, in_pixels, input_row_, has_input);
       if (call_.grad_weight_hh)
-        weight_hh_.add(panels_.get(), h_rows_.get(), state.inputs.get(), images, channels_, state.pairs.get(), thread,
-                       threads);
+        add(weight_hh_, h_rows_, h_rows_per_image_, h_sets_, pixels_, h_row_, has_h);
     }
     if (call_.grad_bias)
       add_bias(state, count, begin, thread, threads);
@@ -751,26 +803,44 @@ private:
       write_grad_input(state, count, begin, end, thread, threads);
   }
 
-  // dz as [group][tile][pixel of all images][kPanel], zeros behind the last gate.
-  void pack_panels(const ThreadState &state, int64_t count, int64_t begin, int64_t end, int thread, int threads) {
-    const int64_t tiles = weight_hh_.tiles, panel_size = (end - begin) * batch_ * pixels_ * kPanel;
+  // dz as [group][tile][pixel of all sets][kPanel][G], zeros behind the last gate and for images without dz.
+  template <class Present>
+  void pack_panels(const Present &present, int64_t begin, int64_t images, int thread, int threads) {
+    const int64_t tiles = weight_hh_.tiles, count = (images + G - 1) / G;
+    const int64_t panel_size = count * pixels_ * kPanel * G;
     const Range range = part_of(count * pixels_, thread, threads);
     for (int64_t k = range.begin; k < range.end; ++k) {
-      const int64_t index = state.active[k / pixels_], pixel = k % pixels_;
-      const T *row = dz_slot(begin + index / batch_, index % batch_) + pixel * 4 * channels_;
-      T *to = panels_.get() + (index * pixels_ + pixel) * kPanel;
-      for (int64_t group = 0; group < call_.groups; ++group, row += 4 * per_group_)
+      const Elem *rows[G];
+      for (int64_t r = 0; r < G; ++r) {
+        const int64_t image = k / pixels_ * G + r;
+        rows[r] = image < images && present(image)
+                      ? dz_slot(begin + image / batch_, image % batch_) + k % pixels_ * 4 * channels_
+                      : nullptr;
+      }
+      Elem *to = panels_.get() + k * kPanel * G;
+      for (int64_t group = 0; group < call_.groups; ++group)
         for (int64_t tile = 0; tile < tiles; ++tile, to += panel_size) {
+          const int64_t first = group * 4 * per_group_ + tile * kPanel;
           const int64_t n = smaller(kPanel, 4 * per_group_ - tile * kPanel);
-          if (n == kPanel) {
-            std::memcpy(to, row + tile * kPanel, kPanel * sizeof(T));
-            continue;
-          }
-          for (int64_t p = 0; p < n; ++p)
-            to[p] = row[tile * kPanel + p];
-          for (int64_t p = n; p < kPanel; ++p)
-            to[p] = T{};
+          interleave<G>(to, rows, first, n);
+          for (int64_t p = n * G; p < kPanel * G; ++p)
+            to[p] = Elem{};
         }
+    }
+  }
+
+  // Rows of sets of G images, [set][pixel][channel][G], from rows of images; zeros for images that are not there.
+  template <class Present>
+  static void pack_sets(Elem *to, const Elem *from, int64_t rows_per_image, int64_t pixels, const Row &row,
+                        const Present &present, int64_t images, int thread, int threads) {
+    const Range range = part_of((images + G - 1) / G * pixels, thread, threads);
+    for (int64_t k = range.begin; k < range.end; ++k) {
+      const Elem *rows[G];
+      for (int64_t r = 0; r < G; ++r) {
+        const int64_t image = k / pixels * G + r;
+        rows[r] = image < images && present(image) ? from + (image * rows_per_image + k % pixels) * row.size() : nullptr;
+      }
+      interleave<G>(to + k * row.size() * G, rows, 0, row.size());
     }
   }
 
@@ -782,10 +852,10 @@ private:
       const int lanes = int(smaller(L, row - unit * L));
       for (int64_t k = 0; k < count; ++k) {
         const int64_t index = state.active[k];
-        const T *dz = dz_slot(begin + index / batch_, index % batch_) + unit * L;
+        const Elem *dz = dz_slot(begin + index / batch_, index % batch_) + unit * L;
         Vec<T> sum{};
         for (int64_t pixel = 0; pixel < pixels_; ++pixel)
-          sum = sum + load_first(dz + pixel * row, lanes);
+          sum = sum + load_first_as<T>(dz + pixel * row, lanes);
         for (int lane = 0; lane < lanes; ++lane)
           bias_sums_[unit * L + lane] += double(sum[lane]);
       }
@@ -797,15 +867,16 @@ private:
     const Range range = part_of(units, thread, threads);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t index = state.active[k], s = begin + index / batch_, b = index % batch_;
-      const T *dz = dz_slot(s, b), *c = cells(s, b), *before = cells_before(s, b);
+      const Elem *dz = dz_slot(s, b);
+      const T *c = cells(s, b), *before = cells_before(s, b);
       const auto add = [&](int64_t pixel, int64_t channel, double *to) {
-        const T *z = dz + pixel * 4 * channels_ + channel / per_group_ * 4 * per_group_ + channel % per_group_;
+        const Elem *z = dz + pixel * 4 * channels_ + channel / per_group_ * 4 * per_group_ + channel % per_group_;
         const int64_t at = pixel * channels_ + channel;
         if (before != nullptr) {
-          to[0] += double(z[0]) * double(before[at]);
-          to[channels_] += double(z[per_group_]) * double(before[at]);
+          to[0] += convert<double>(z[0]) * double(before[at]);
+          to[channels_] += convert<double>(z[per_group_]) * double(before[at]);
         }
-        to[2 * channels_] += double(z[3 * per_group_]) * double(c[at]);
+        to[2 * channels_] += convert<double>(z[3 * per_group_]) * double(c[at]);
       };
       if (call_.pixel_peephole) {
         for (int64_t pixel = range.begin; pixel < range.end; ++pixel)
@@ -917,8 +988,8 @@ private:
   Row input_row_, h_row_, cell_row_;
   int64_t input_rows_per_image_, h_rows_per_image_;
   int64_t chunk_; // steps
-  TransposedConvolution<T> to_h_, to_input_;
-  WeightGradient<T> weight_ih_, weight_hh_;
+  TransposedConvolution<N> to_h_, to_input_;
+  WeightGradient<N> weight_ih_, weight_hh_;
   Blocks lanes_; // of hidden channels, one vector wide
   CellParameters<T> parameters_;
   bool recompute_, transform_weights_, needs_input_rows_, needs_h_rows_;
@@ -927,10 +998,11 @@ private:
     GateProduct<N> gates_;
   };
   Buffer<int64_t> predecessor_;   // (T, B)
-  Buffer<T> input_rows_, h_rows_; // (chunk, B, pixels, channels)
-  Buffer<T> dz_;                  // (chunk + 1, B, pixels, 4 * C), step s in slot s modulo chunk + 1
-  Buffer<T> panels_;              // dz for the weight gradients
-  Buffer<T> grad_output_rows_;    // (2, B, pixels, C), the step's and the next one's
+  Buffer<Elem> input_rows_, h_rows_; // (chunk, B, pixels, channels)
+  Buffer<Elem> input_sets_, h_sets_; // the same for the weight gradients, if they take several images at once
+  Buffer<Elem> dz_;                  // (chunk + 1, B, pixels, 4 * C), step s in slot s modulo chunk + 1
+  Buffer<Elem> panels_;              // dz for the weight gradients
+  Buffer<T> grad_output_rows_;       // (2, B, pixels, C), the step's and the next one's
   Buffer<T> grad_h_n_rows_, c_0_rows_, dc_, dh_0_rows_; // (B, pixels, C)
   Buffer<double> bias_sums_;                            // [group][gate][channel]
   Buffer<double> peephole_sums_;                        // [pixel or one][i, f, o][channel]
@@ -941,11 +1013,15 @@ private:
 void conv_lstm2d_backward(const ConvLSTM2dBackward &call) {
   switch (call.dtype) {
   case DType::float32:
-    return Backward<float, float>(call).run();
+    return Backward<F32, float>(call).run();
   case DType::bfloat16:
-    return Backward<float, bfloat16>(call).run();
+#ifdef FC_ISA_AVX512_BF16
+    return Backward<BF16, bfloat16>(call).run();
+#else
+    return Backward<F32, bfloat16>(call).run();
+#endif
   case DType::float64:
-    return Backward<double, double>(call).run();
+    return Backward<F64, double>(call).run();
   }
 }
 
