@@ -8,15 +8,28 @@
 namespace fused_convlstm {
 namespace FC_ISA {
 
+// The functions of the cell for number types N of the product.
+template <class N> struct CellFunctions {
+  using T = typename N::Acc;
+  static FC_INLINE Vec<T> sigmoid(Vec<T> x) { return FC_ISA::sigmoid<T>(x); }
+  static FC_INLINE Vec<T> tanh(Vec<T> x) { return FC_ISA::tanh<T>(x); }
+};
+#ifdef FC_ISA_AVX512_BF16
+template <> struct CellFunctions<BF16> {
+  static FC_INLINE Vec<float> sigmoid(Vec<float> x) { return short_sigmoid(x); }
+  static FC_INLINE Vec<float> tanh(Vec<float> x) { return short_tanh(x); }
+};
+#endif
+
 // A gate before the clamp of a hard sigmoid; `clamp_gate` finishes it. A sigmoid is complete.
-template <class T> static FC_INLINE Vec<T> open_gate(Activation activation, Vec<T> z) {
+template <class N, class T = typename N::Acc> static FC_INLINE Vec<T> open_gate(Activation activation, Vec<T> z) {
   switch (activation) {
   case Activation::hard_sigmoid:
     return fma(z, splat<T>(T(1) / T(6)), splat<T>(T(0.5)));
   case Activation::hard_sigmoid_keras2:
     return fma(z, splat<T>(T(0.2)), splat<T>(T(0.5)));
   default:
-    return sigmoid<T>(z);
+    return CellFunctions<N>::sigmoid(z);
   }
 }
 template <class T> static FC_INLINE Vec<T> clamp_gate(Activation activation, Vec<T> a) {
@@ -161,17 +174,23 @@ static void pack_gate_weights(typename N::Elem *packed, const Tensor &weight, co
     }
     if constexpr (sizeof(Elem) == 2 && sizeof(From) == 2 && G == 2) {
       if (contiguous) {
-        for (int64_t k = 0; k < steps; ++k) {
-          const bool pair = 2 * k + 1 < in_per_group;
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            const From *at = from + 2 * k * taps + tap;
-            Elem *to = to_block + (tap * steps + k) * 4 * L * G;
-            for (int64_t lane = 0; lane < L; ++lane, at += weight.stride[0]) {
-              const uint32_t word = at[0].bits | (pair ? uint32_t(at[taps].bits) << 16 : 0);
-              std::memcpy(to + 2 * lane, &word, 4);
+        // Pairs of channels as words [lane][tap], L taps at a time, then turned. This part takes a quarter of the pairs
+        // of all four gates, so that what it writes lies together.
+        const Range pairs = part_of(steps, int(gate), 4);
+        for (int64_t k = pairs.begin; k < pairs.end; ++k)
+          for (int64_t tap = 0; tap < taps; tap += L) {
+            const int n = int(smaller(L, taps - tap)), second = 2 * k + 1 < in_per_group ? n : 0;
+            for (int64_t g = 0; g < 4; ++g) {
+              const From *at = from + (g - gate) * channels * weight.stride[0] + 2 * k * taps + tap;
+              float *to = reinterpret_cast<float *>(packed) + (((block * taps + tap) * steps + k) * 4 + g) * L;
+              Vec<float> words[L];
+              for (int64_t lane = 0; lane < L; ++lane, at += weight.stride[0])
+                words[lane] = (Vec<float>)(load_halves(at, n) | load_halves(at + taps, second) << 16);
+              turn(words);
+              for (int64_t j = 0; j < n; ++j)
+                store(to + j * steps * 4 * L, words[j]);
             }
           }
-        }
         continue;
       }
     }
@@ -198,6 +217,7 @@ template <class N> struct GateConvolution {
   Blocks blocks;
   Buffer<Elem> weights;
   Buffer<int32_t> offsets;
+  Buffer<uint8_t> zeros;
   int64_t steps; // of kGroup channels
   bool whole;
 
@@ -216,6 +236,11 @@ template <class N> struct GateConvolution {
       offsets.allocate(count);
       for (int64_t k = 0; k < count; ++k)
         offsets[k] = int32_t(geometry.source[k] * row.size());
+      zeros.allocate(count);
+      for (int64_t k = count - 1; k >= 0; --k) {
+        const int next = (k + 1) % geometry.out_pixels == 0 ? 0 : zeros[k + 1];
+        zeros[k] = geometry.source[k] == geometry.in_pixels ? uint8_t(smaller(next + 1, kMaxTilePixels)) : 0;
+      }
     }
   }
 
@@ -233,17 +258,9 @@ template <class N> struct GateConvolution {
   }
 
   Operand<N> operand(const Elem *const *images) const {
-    return {images,
-            weights.get(),
-            row.size(),
-            row.padded,
-            block_stride(),
-            geometry.taps,
-            int(steps),
-            whole,
-            offsets.get(),
-            geometry.forward.data(),
-            int(geometry.forward.size())};
+    return {
+        images,     weights.get(), row.size(),    row.padded,  block_stride(),          geometry.taps,
+        int(steps), whole,         offsets.get(), zeros.get(), geometry.forward.data(), int(geometry.forward.size())};
   }
 };
 

@@ -106,17 +106,10 @@ private:
   void run_direct(const Elem *const *images, int64_t block, int64_t begin, int64_t end,
                   const ProductScratch<N> &scratch) const {
     const int64_t group_row = 4 * out_per_group;
-    const Operand<N> operand{images,
-                             weights.get(),
-                             blocks.groups * group_row,
-                             group_row,
-                             block_stride(),
-                             geometry.taps,
-                             int(group_row / G),
-                             false,
-                             nullptr,
-                             geometry.transposed.data(),
-                             int(geometry.transposed.size())};
+    const Operand<N> operand{
+        images,         weights.get(), blocks.groups * group_row,  group_row,
+        block_stride(), geometry.taps, int(group_row / G),         false,
+        nullptr,        nullptr,       geometry.transposed.data(), int(geometry.transposed.size())};
     const int64_t group = blocks.group(block), pixels = geometry.in_pixels;
     switch (vectors(block)) {
     case 1:
@@ -326,10 +319,9 @@ template <class T> struct WinogradWeightGradient {
           const T *input = inputs.get() + position * input_plane + first * windows.depth + block * kVectors * L;
           const int64_t channels = smaller(kVectors * L, windows.depth - block * kVectors * L);
           for (int64_t panel = range.begin; panel < range.end; ++panel)
-            weight_gradient_tile<Plain<T>>(
-                (channels + L - 1) / L, at(position, block, panel),
-                scratch.dz.get() + position * scratch.plane + (panel - range.begin) * kPanel, input,
-                scratch.pairs.get(), length);
+            weight_gradient_tile<Plain<T>>((channels + L - 1) / L, at(position, block, panel),
+                                           scratch.dz.get() + position * scratch.plane + (panel - range.begin) * kPanel,
+                                           input, scratch.pairs.get(), length);
         }
     }
   }
@@ -366,7 +358,8 @@ private:
 };
 
 // to[k * G + r] = rows[r][first + k], k < n; zeros for rows that are null.
-template <int G, class Elem> static FC_INLINE void interleave(Elem *to, const Elem *const *rows, int64_t first, int64_t n) {
+template <int G, class Elem>
+static FC_INLINE void interleave(Elem *to, const Elem *const *rows, int64_t first, int64_t n) {
   if constexpr (G == 1) {
     if (rows[0] != nullptr)
       std::memcpy(to, rows[0] + first, size_t(n) * sizeof(Elem));
@@ -400,8 +393,7 @@ public:
         input_row_{call.groups, call.in_channels / call.groups, round_up(call.in_channels / call.groups, G)},
         h_row_{call.groups, per_group_, round_up(per_group_, G)}, cell_row_{1, channels_, channels_},
         input_rows_per_image_(int64_t(call.input_conv->in_pixels) + 1), h_rows_per_image_(pixels_ + 1),
-        chunk_(chunk_steps(call)),
-        to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_, call.winograd.to_h),
+        chunk_(chunk_steps(call)), to_h_(*call.recurrent_conv, call.groups, per_group_, per_group_, call.winograd.to_h),
         to_input_(*call.input_conv, call.groups, input_row_.per_group, per_group_, call.winograd.to_input),
         weight_ih_(*call.input_conv, call.groups, input_row_.per_group, per_group_),
         weight_hh_(*call.recurrent_conv, call.groups, per_group_, per_group_), lanes_(call.groups, per_group_, L),
@@ -477,10 +469,10 @@ private:
     ProductScratch<N> scratch;
     WinogradScratch<T> winograd;
     typename WinogradWeightGradient<T>::Scratch winograd_weights;
-    Buffer<bool> pending;               // (B), dh comes from dz of the following step
-    Buffer<bool> from_end;              // (B), dh begins with grad_h_n
-    Buffer<bool> has_dc;                // (B), dc_ is not all zero
-    Buffer<int64_t> active;             // samples of a step, or step * B + sample of a chunk
+    Buffer<bool> pending;                  // (B), dh comes from dz of the following step
+    Buffer<bool> from_end;                 // (B), dh begins with grad_h_n
+    Buffer<bool> has_dc;                   // (B), dc_ is not all zero
+    Buffer<int64_t> active;                // samples of a step, or step * B + sample of a chunk
     Buffer<const Elem *> images, h_images; // (active)
     Buffer<const Elem *> dz_images;        // (active)
     Buffer<int64_t> inputs;                // (sets of a chunk)
@@ -668,10 +660,11 @@ private:
               }
               gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_first(cells(s, b) + at, lanes), gate[3]);
             }
-            Elem *to = dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
+            Elem *to =
+                dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
             for (int n = 0; n < 4; ++n)
-              store_first_as<T>(to + n * per_group_, n == 2 ? tanh<T>(gate[n]) : open_gate<T>(activation, gate[n]),
-                                lanes);
+              store_first_as<T>(to + n * per_group_,
+                                n == 2 ? CellFunctions<N>::tanh(gate[n]) : open_gate<N>(activation, gate[n]), lanes);
           }
         });
   }
@@ -730,7 +723,7 @@ private:
         const V g = gate[2], o = clamp_gate<T>(activation, gate[3]);
         const V c = load_first(cells(s, b) + pixel * channels_ + channel, lanes);
         const V c_before = before == nullptr ? V{} : load_first(before + pixel * channels_ + channel, lanes);
-        const V tanh_c = tanh<T>(c);
+        const V tanh_c = CellFunctions<N>::tanh(c);
         const V dz_o = dh * tanh_c * gate_slope<T>(activation, gate[3]);
         V dc = dh * o * (T(1) - tanh_c * tanh_c);
         if (state.has_dc[b])
@@ -838,7 +831,8 @@ private:
       const Elem *rows[G];
       for (int64_t r = 0; r < G; ++r) {
         const int64_t image = k / pixels * G + r;
-        rows[r] = image < images && present(image) ? from + (image * rows_per_image + k % pixels) * row.size() : nullptr;
+        rows[r] =
+            image < images && present(image) ? from + (image * rows_per_image + k % pixels) * row.size() : nullptr;
       }
       interleave<G>(to + k * row.size() * G, rows, 0, row.size());
     }
@@ -997,7 +991,7 @@ private:
   union {                                      // there only if recompute_
     GateProduct<N> gates_;
   };
-  Buffer<int64_t> predecessor_;   // (T, B)
+  Buffer<int64_t> predecessor_;      // (T, B)
   Buffer<Elem> input_rows_, h_rows_; // (chunk, B, pixels, channels)
   Buffer<Elem> input_sets_, h_sets_; // the same for the weight gradients, if they take several images at once
   Buffer<Elem> dz_;                  // (chunk + 1, B, pixels, 4 * C), step s in slot s modulo chunk + 1

@@ -12,6 +12,7 @@ template <class N, class Io> class Forward {
   using Elem = typename N::Elem;
   using Acc = typename N::Acc;
   static constexpr int L = kLanes<Acc>;
+  static constexpr bool kStateIsOutput = sizeof(Io) == 2 && sizeof(Elem) == 2; // h has the caller's type
 
 public:
   explicit Forward(const ConvLSTM2dForward &call)
@@ -203,13 +204,13 @@ private:
           z_i = fma(load_first(weights, lanes), c, z_i);
           z_f = fma(load_first(weights + channels, lanes), c, z_f);
         }
-        const V open_i = open_gate<Acc>(activation, z_i), open_f = open_gate<Acc>(activation, z_f);
-        const V g = tanh<Acc>(z_g);
+        const V open_i = open_gate<N>(activation, z_i), open_f = open_gate<N>(activation, z_f);
+        const V g = CellFunctions<N>::tanh(z_g);
         c = fma(clamp_gate<Acc>(activation, open_f), c, clamp_gate<Acc>(activation, open_i) * g);
         if (peephole != nullptr)
           z_o = fma(load_first(peephole + p * parameters_.peephole_pixel_stride + 2 * channels, lanes), c, z_o);
-        const V open_o = open_gate<Acc>(activation, z_o);
-        V h = clamp_gate<Acc>(activation, open_o) * tanh<Acc>(c);
+        const V open_o = open_gate<N>(activation, z_o);
+        V h = clamp_gate<Acc>(activation, open_o) * CellFunctions<N>::tanh(c);
         if constexpr (sizeof(Io) == 2 && sizeof(Elem) == 4)
           h = round_to_bfloat16(h); // the state is what the caller sees
         store_first(c_new + p * channels, c, lanes);
@@ -223,15 +224,21 @@ private:
         }
         if (channel_stride == 1)
           store_first_as<Acc>(out + p * pixel_stride, h, lanes);
-        else
+        else if (!kStateIsOutput)
           store(z, h);
       }
-      if (channel_stride != 1 && pixel_stride == 1) {
-        transpose(out, channel_stride, sums, 4 * L, run, lanes);
-      } else if (channel_stride != 1) { // channels-first frames of one column
-        for (int lane = 0; lane < lanes; ++lane)
-          for (int64_t p = 0; p < run; ++p)
-            out[lane * channel_stride + p * pixel_stride] = convert<Io>(sums[p * 4 * L + lane]);
+      if (channel_stride != 1) {
+        const auto write = [&](const auto *from, int64_t stride) {
+          if (pixel_stride == 1)
+            return transpose(out, channel_stride, from, stride, run, lanes);
+          for (int lane = 0; lane < lanes; ++lane) // frames of one column
+            for (int64_t p = 0; p < run; ++p)
+              out[lane * channel_stride + p * pixel_stride] = convert<Io>(from[p * stride + lane]);
+        };
+        if constexpr (kStateIsOutput)
+          write(h_new, h_row);
+        else
+          write(sums, 4 * L);
       }
       k += run;
     }

@@ -149,6 +149,7 @@ template <class N> struct Operand {
   int count;              // steps of N::kGroup channels at each tap
   bool whole;             // all taps with the sums in registers, by `source`; else tap by tap, by `passes`
   const int32_t *offsets; // whole: (taps, pixels), where a row begins, in elements; zeros lie behind the last pixel
+  const uint8_t *zeros;   // whole: (taps, pixels), how many pixels from this one on read zeros, at most kMaxTilePixels
   const Pass *passes;
   int pass_count;
 };
@@ -172,14 +173,18 @@ static __attribute__((noinline)) void whole_tile(typename N::Acc *sums, bool add
     const Elem *base = o.images[image] + group * o.group_offset;
     const Elem *weights = o.weights + block * o.block_stride;
     const int32_t *offsets = o.offsets + pixel;
+    const uint8_t *zeros = o.zeros + pixel;
     for (int tap = 0; tap < o.taps; ++tap) {
-      const Elem *at_tap[P];
+      if (*zeros < P) {
+        const Elem *at_tap[P];
 #pragma GCC unroll 12
-      for (int p = 0; p < P; ++p)
-        at_tap[p] = base + offsets[p];
-      accumulate<N, P, NV>(sum, at_tap, weights, o.count);
+        for (int p = 0; p < P; ++p)
+          at_tap[p] = base + offsets[p];
+        accumulate<N, P, NV>(sum, at_tap, weights, o.count);
+      }
       weights += int64_t(o.count) * NV * kLanes<typename N::Acc> * N::kGroup;
       offsets += pixels;
+      zeros += pixels;
     }
   }
   if (add)

@@ -240,7 +240,7 @@ private:
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t c = panel * Packed<A>::kPanel + v * kLane, at = gate * width_ + c;
           const Vec<A> z = load(scratch.z + b * Packed<A>::kPanel + v * kLane) + load(gate_bias_ + at);
-          const Vec<A> open = open_gate<A>(p_.activation, z);
+          const Vec<A> open = open_gate<Plain<A>>(p_.activation, z);
           store(m.gates + b * 3 * width_ + at, clamp_gate<A>(p_.activation, open));
           if (call_.gates) {
             A *to = static_cast<A *>(call_.gates) + ((step * p_.batch + first + b) * 3 + gate) * channels + c;

@@ -153,22 +153,54 @@ static FC_INLINE Vec<float> round_to_bfloat16(Vec<float> v) {
   return v == v ? (Vec<float>)bits : v;
 }
 
+#ifdef FC_ISA_AVX512_BF16
+// The first n numbers, one a lane, in its lower half; zeros behind them.
+static FC_INLINE BitVec load_halves(const bfloat16 *p, int n) {
+  return (BitVec)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+
+// row[j][i] = row[i][j]: four times, rows k and k + 8 are interleaved.
+static FC_INLINE void turn(Vec<float> (&row)[16]) {
+  const IntVec<float> low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  for (int stage = 0; stage < 4; ++stage) {
+    Vec<float> next[16];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      next[2 * k] = __builtin_shuffle(row[k], row[k + 8], low);
+      next[2 * k + 1] = __builtin_shuffle(row[k], row[k + 8], high);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k)
+      row[k] = next[k];
+  }
+}
+#endif
+
 // The first n lanes, converted to or from another type in memory.
 template <class T, class Memory> static FC_INLINE void store_first_as(Memory *p, Vec<T> v, int n) {
   if constexpr (sizeof(Memory) == sizeof(T)) {
     store_first(p, v, n);
-  } else if (n == kLanes<T>) {
+  } else {
+#ifdef FC_ISA_AVX512_BF16
+    const __mmask16 lanes = __mmask16((1u << n) - 1);
+    return _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_maskz_cvtneps_pbh(__mmask16(-1), (__m512)v));
+#endif
+    if (n < kLanes<T>) {
+      for (int k = 0; k < n; ++k)
+        p[k] = to_bfloat16(v[k]);
+      return;
+    }
     const BitVec bits = (BitVec)round_to_bfloat16(v) >> 16;
     *reinterpret_cast<UnalignedHalfVec *>(p) = __builtin_convertvector(bits, HalfVec);
-  } else {
-    for (int k = 0; k < n; ++k)
-      p[k] = to_bfloat16(v[k]);
   }
 }
 template <class T, class Memory> static FC_INLINE Vec<T> load_first_as(const Memory *p, int n) {
   if constexpr (sizeof(Memory) == sizeof(T)) {
     return load_first(p, n);
   } else {
+#ifdef FC_ISA_AVX512_BF16
+    return (Vec<T>)(load_halves(p, n) << 16);
+#endif
     if (n == kLanes<T>)
       return (Vec<T>)(__builtin_convertvector(*reinterpret_cast<const UnalignedHalfVec *>(p), BitVec) << 16);
     Vec<T> v{};
