@@ -22,6 +22,7 @@ TASKS = {
     "inference float32": torch.float32,
     "inference bfloat16": torch.bfloat16,
     "training float32": torch.float32,
+    "training bfloat16": torch.bfloat16,
 }
 PEERS = ("eager", "channels_last", "compile")
 CASES = [("conv_lstm2d", shape) for shape in SHAPES] + [("pooled_gate_conv_lstm2d", s) for s in POOLED_GATE_SHAPES]
