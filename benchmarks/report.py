@@ -13,8 +13,8 @@ import torch
 
 import fused_convlstm
 
-WINOGRAD = "fused, Winograd"  # with use_winograd("auto")
-DRAWN = {"fused": "#3b6ea5", WINOGRAD: "#c8803a"}  # colours of the bars
+WINOGRAD = {"fused, Winograd": 2, "fused, Winograd 4x4": 4}  # with use_winograd("auto", tile)
+DRAWN = dict(zip(("fused", *WINOGRAD), ("#3b6ea5", "#c8803a", "#8c2d19"), strict=True))  # colours of the bars
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Measurement:
     cell: str  # "conv_lstm2d", "pooled_gate_conv_lstm2d"
     task: str  # "inference float32", "inference bfloat16", "training float32"
     shape: str
-    implementation: str  # "fused", "fused, Winograd", "fused, gates recomputed", "eager", "channels_last", "compile"
+    implementation: str  # "fused", those of WINOGRAD, "fused, gates recomputed", "eager", "channels_last", "compile"
     median_ms: float
     p20_ms: float
     p80_ms: float
@@ -73,10 +73,13 @@ def _table(cell: str, task: str, shapes: dict[str, dict[str, Measurement]]) -> s
     training = task.startswith("training")
     header = ["shape", "fused ms", "strongest peer ms", "ratio", "floor ms", "share of floor"]
     header += ["recomputed ms", "memory", "recomputed"] if training else []
-    winograd = any(WINOGRAD in by_name for by_name in shapes.values())
-    header += ["Winograd ms", "ratio"] if winograd else []
+    winograd: dict[str, list[float]] = {
+        name: [] for name in WINOGRAD if any(name in found for found in shapes.values())
+    }
+    for name in winograd:
+        header += [f"{name.removeprefix('fused, ')} ms", "ratio"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    ratios, winograd_ratios = [], []
+    ratios = []
     for shape, by_name in shapes.items():
         fused = by_name["fused"]
         peers = {name: m for name, m in by_name.items() if not name.startswith("fused")}
@@ -94,13 +97,15 @@ def _table(cell: str, task: str, shapes: dict[str, dict[str, Measurement]]) -> s
         if training:
             recomputed = by_name["fused, gates recomputed"]
             row += [f"{recomputed.median_ms:.3g}", _memory_ratio(fused, peers), _memory_ratio(recomputed, peers)]
-        if WINOGRAD in by_name:
-            winograd_ratios.append(peers[strongest].median_ms / by_name[WINOGRAD].median_ms)
-            row += [f"{by_name[WINOGRAD].median_ms:.3g}", f"{winograd_ratios[-1]:.2f}"]
+        for name, its_ratios in winograd.items():
+            if name in by_name:
+                its_ratios.append(peers[strongest].median_ms / by_name[name].median_ms)
+                row += [f"{by_name[name].median_ms:.3g}", f"{its_ratios[-1]:.2f}"]
         rows.append(row + [""] * (len(header) - len(row)))
-    rows.append(["geometric mean", "", "", f"{geometric_mean(ratios):.2f}"] + [""] * (len(header) - 4))
-    if winograd:
-        rows[-1][-1] = f"{geometric_mean(winograd_ratios):.2f}"
+    means = [cell for its_ratios in winograd.values() for cell in ("", f"{geometric_mean(its_ratios):.2f}")]
+    rows.append(
+        ["geometric mean", "", "", f"{geometric_mean(ratios):.2f}"] + [""] * (len(header) - 4 - len(means)) + means
+    )
     body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"{cell}, {task}\n\n{body}"
 
@@ -139,7 +144,7 @@ def chart(measurements: list[Measurement], path: Path) -> None:
                 }
                 places = [k + width * (n - (len(drawn) - 1) / 2) for k in ratios]
                 bars = axis.bar(places, list(ratios.values()), width, color=DRAWN[name], label=name)
-                axis.bar_label(bars, fmt="%.2f", fontsize=7)
+                axis.bar_label(bars, fmt="%.2f", fontsize=6)
             axis.axhline(1.0, color="black", linewidth=0.8)
             axis.set_title(f"{cell}, {task}", fontsize=9, loc="left")
             axis.set_ylabel("speed-up over peer", fontsize=8)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from measure import matmul_gflops, peak_memory_mib
 from peers import LoopConvLSTM, PlainPooledGate, channels_last, copy_weights
-from report import Measurement
+from report import WINOGRAD, Measurement
 from shapes import POOLED_GATE_SHAPES, SHAPES, Shape
 from torch import Tensor, nn
 
@@ -89,14 +89,14 @@ def make_runner(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], traini
 
 
 # The topmost varies fastest: what is compared runs one after the other.
-@pytest.mark.parametrize("name", ["fused", "fused, Winograd", "fused, gates recomputed", *PEERS])
+@pytest.mark.parametrize("name", ["fused", *WINOGRAD, "fused, gates recomputed", *PEERS])
 @pytest.mark.parametrize(("cell", "shape"), CASES, ids=[f"{cell}-{shape.name}" for cell, shape in CASES])
 @pytest.mark.parametrize("task", TASKS)
 def test_cpu(name: str, cell: str, shape: Shape, task: str, benchmark: Any, record: list[Measurement]) -> None:
     training, dtype = task.startswith("training"), TASKS[task]
     if name == "fused, gates recomputed" and not training:
         pytest.skip("only training keeps gates")
-    if name == "fused, Winograd" and not (cell == "conv_lstm2d" and dtype == torch.float32 and shape.kernel == 3):
+    if name in WINOGRAD and not (cell == "conv_lstm2d" and dtype == torch.float32 and shape.kernel == 3):
         pytest.skip("only for 3x3 kernels in float32")
     torch._dynamo.reset()
     fused = make_fused(cell, shape, dtype, name == "fused, gates recomputed")
@@ -106,7 +106,7 @@ def test_cpu(name: str, cell: str, shape: Shape, task: str, benchmark: Any, reco
         inputs = (channels_last(inputs[0].detach()).requires_grad_(training), *map(channels_last, inputs[1:]))
     runner = make_runner(module, inputs, training)
     expected = forward(fused, *make_input(shape, dtype, False)).detach()
-    with use_winograd("auto" if name == "fused, Winograd" else "never"):
+    with use_winograd("auto", WINOGRAD[name]) if name in WINOGRAD else use_winograd("never"):
         torch.testing.assert_close(runner(), expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0.01)
         backend = explain(runner).backends[0] if name.startswith("fused") else None
         peak = peak_memory_mib(runner) if training else None

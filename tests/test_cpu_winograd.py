@@ -21,7 +21,7 @@ from kernel_checks import (
 from strategies import cases
 from tolerances import WINOGRAD_FACTOR
 
-from fused_convlstm import _cpu, explain, use_winograd
+from fused_convlstm import ConvLSTM2d, _cpu, explain, use_winograd
 from fused_convlstm import functional as FC
 from fused_convlstm.backends import registry
 from fused_convlstm.backends.call import ConvLSTMOptions
@@ -43,10 +43,10 @@ LARGE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def always() -> Iterator[None]:
-    with use_winograd("always"):
-        yield
+@pytest.fixture(autouse=True, params=[2, 4], ids=["2x2", "4x4"])
+def tile(request: pytest.FixtureRequest) -> Iterator[int]:
+    with use_winograd("always", request.param):
+        yield request.param
 
 
 def as_eligible(case: Case) -> Case:
@@ -60,19 +60,19 @@ def as_eligible(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("case", [*ORDINARY, *LARGE], ids=case_id)
-def test_training(case: Case) -> None:
-    check_against_reference(case, "cpu", torch.float32)
+def test_training(case: Case, tile: int) -> None:
+    check_against_reference(case, "cpu", torch.float32, factor=WINOGRAD_FACTOR[tile])
 
 
 @pytest.mark.parametrize("case", [*ORDINARY, *LARGE], ids=case_id)
-def test_inference(case: Case) -> None:
-    check_against_reference(case, "cpu", torch.float32, training=False)
+def test_inference(case: Case, tile: int) -> None:
+    check_against_reference(case, "cpu", torch.float32, training=False, factor=WINOGRAD_FACTOR[tile])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(case=cases("conv_lstm2d").map(as_eligible))
-def test_sweep(case: Case) -> None:
-    check_against_reference(case, "cpu", torch.float32, factor=WINOGRAD_FACTOR[2])
+def test_sweep(case: Case, tile: int) -> None:
+    check_against_reference(case, "cpu", torch.float32, factor=WINOGRAD_FACTOR[tile])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -82,14 +82,14 @@ def test_sweep_of_bits(case: Case) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(instruction_set: str) -> None:
+def test_every_instruction_set(instruction_set: str, tile: int) -> None:
     before = _cpu.instruction_set()
     try:
         _cpu.select_instruction_set(instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
     for case in (*LARGE, Case(peephole="channel", lengths=True, reset=True)):
-        check_against_reference(case, "cpu", torch.float32)
+        check_against_reference(case, "cpu", torch.float32, factor=WINOGRAD_FACTOR[tile])
     _cpu.select_instruction_set(before)
 
 
@@ -122,17 +122,20 @@ def test_extreme_inputs_saturate() -> None:
         torch.testing.assert_close(c_n, expected_c)
 
 
-def test_nan_reaches_what_it_touches() -> None:
-    """At least the outputs of the direct convolution, at most the 2x2 tiles that have one of them."""
-    tensors = make_tensors(Case(steps=1, size=(9, 8), state=False)).to(torch.float32)
-    tensors.input[0, 0, 0, 4, 3] = float("nan")
+def test_nan_reaches_what_it_touches(tile: int) -> None:
+    """At least the outputs of the direct convolution, at most the tiles whose windows hold it."""
+    tensors = make_tensors(Case(steps=1, size=(14, 13), state=False)).to(torch.float32)
+    y, x = 5, 3
+    tensors.input[0, 0, 0, y, x] = float("nan")
     output, _ = FC.conv_lstm2d(tensors.input, **tensors.weights, backend="cpu")
     expected, _ = FC.conv_lstm2d(tensors.input, **tensors.weights, backend="reference")
     actual, least = output[0].isnan(), expected[0].isnan()
     assert (actual >= least).all()
     assert not actual[1].any()
-    assert not actual[0, :, :2].any()
-    assert not actual[0, :, 6:].any()
+    first_rows, first_columns = (torch.arange(size) // tile * tile - 1 for size in (14, 13))  # of the windows
+    holds_y = (first_rows <= y) & (y < first_rows + tile + 2)
+    holds_x = (first_columns <= x) & (x < first_columns + tile + 2)
+    assert not actual[0, :, ~(holds_y[:, None] & holds_x)].any()
 
 
 def test_other_calls_stay_direct() -> None:
@@ -145,35 +148,59 @@ def test_other_calls_stay_direct() -> None:
             assert_same_bits(actual, run(case, tensors, "cpu"))
 
 
-def test_it_is_off_by_default_and_explain_says_when_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_off_by_default_and_explain_says_when_it_ran(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make_tensors(Case()).to(torch.float32)
 
     def notes() -> str:
         return str(explain(FC.conv_lstm2d, tensors.input, **tensors.weights, backend="cpu"))
 
-    assert "Winograd" in notes()
+    assert f"gates by Winograd's F({tile}x{tile}, 3x3)" in notes()
+    assert registry.get("cpu").info()["Winograd"] == f"always, F({tile}x{tile}, 3x3)"
     with use_winograd("never"):
         assert "Winograd" not in notes()
-    monkeypatch.setattr(winograd, "_mode", None)
+    monkeypatch.setattr(winograd, "_setting", None)
     monkeypatch.delenv(winograd.ENVIRONMENT_VARIABLE, raising=False)
     assert registry.get("cpu").info()["Winograd"] == "never"
     assert "Winograd" not in notes()
     monkeypatch.setenv(winograd.ENVIRONMENT_VARIABLE, "always")
-    assert "Winograd" in notes()
+    assert "F(2x2, 3x3)" in notes()
     monkeypatch.setenv(winograd.ENVIRONMENT_VARIABLE, "often")
     with pytest.raises(ValueError, match="FUSED_CONVLSTM_WINOGRAD: unknown mode 'often'"):
         notes()
 
 
-def test_unknown_mode() -> None:
+def test_explain_names_the_gradients(tile: int) -> None:
+    layer = ConvLSTM2d(8, 8, 3)
+    frames = torch.randn(2, 1, 8, 6, 6, requires_grad=True)
+    report = explain(lambda: layer(frames)[0].sum().backward())
+    name = f"F({tile}x{tile}, 3x3)"
+    assert f"gradients of h by {name}, of the input by {name}, of the weights by {name}" in str(report)
+
+
+def test_unknown_mode_or_tile() -> None:
     with pytest.raises(ValueError, match="use_winograd: unknown mode 'on'"), use_winograd("on"):
+        pass
+    with pytest.raises(ValueError, match="use_winograd: tile 3; choose one of 2, 4"), use_winograd("auto", 3):
         pass
 
 
-@pytest.mark.parametrize(("channels", "size", "faster"), [(64, 24, True), (256, 6, True), (256, 3, False)])
-def test_automatic_choice(channels: int, size: int, faster: bool) -> None:
+# 6x6 pixels are 9 tiles of 2x2, but as many products as 4 tiles of 4x4; 3x3 pixels are few tiles for many threads.
+@pytest.mark.parametrize(
+    ("channels", "size", "threads", "small", "large"),
+    [(64, 24, 1, 2, 4), (64, 24, 16, 2, 4), (256, 6, 1, 2, 2), (128, 3, 1, 0, 4), (128, 3, 16, 0, 0)],
+)
+def test_automatic_choice(
+    channels: int, size: int, threads: int, small: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     input = torch.empty(24, 8, channels, size, size, device="meta")
     weight = torch.empty(4 * channels, channels, 3, 3, device="meta")
-    with use_winograd("auto"):
-        options = ConvLSTMOptions(padding=(1, 1, 1, 1))
-        assert winograd.choose(input, weight, weight, options, (size, size)) == (faster,) * 4
+    options = ConvLSTMOptions(padding=(1, 1, 1, 1))
+    for largest, expected in ((2, small), (4, large)):
+        with use_winograd("auto", largest):
+            assert winograd.choose(input, weight, weight, options, (size, size))[:3] == (expected,) * 3
+
+
+def test_automatic_choice_of_an_empty_batch() -> None:
+    with use_winograd("auto", 4):
+        check_against_reference(Case(batch=0), "cpu", torch.float32)

@@ -270,16 +270,16 @@ template <class N> struct GateProduct {
   using Acc = typename N::Acc;
   static constexpr bool kCanTransform = sizeof(Elem) == 4;
   GateConvolution<N> input_conv, recurrent_conv;
-  bool transformed;
-  WinogradProduct<Acc> winograd; // empty unless transformed
+  int tile;                      // of transformed convolutions, 0 for direct ones
+  WinogradProduct<Acc> winograd; // empty for direct ones
 
   explicit GateProduct(const ConvLSTM2dCall &call)
       : input_conv(*call.input_conv, call.groups, call.in_channels / call.groups, call.channels / call.groups),
         recurrent_conv(*call.recurrent_conv, call.groups, call.channels / call.groups, call.channels / call.groups),
-        transformed(kCanTransform && call.winograd.gates) {
-    if (transformed) {
+        tile(kCanTransform ? call.winograd.gates : 0) {
+    if (tile != 0) {
       const ConvolutionShape &x = call.input_conv->shape, &h = call.recurrent_conv->shape;
-      winograd.allocate(h.out_height, h.out_width, blocks().count(),
+      winograd.allocate(tile, h.out_height, h.out_width, blocks().count(),
                         {{call.in_channels, x.height, x.width, x.pad_top, x.pad_left},
                          {call.channels, h.height, h.width, h.pad_top, h.pad_left}});
     }
@@ -292,7 +292,7 @@ template <class N> struct GateProduct {
     input_conv.pack(call.weight_ih, call.dtype, call.channels, thread, threads);
     recurrent_conv.pack(call.weight_hh, call.dtype, call.channels, thread, threads);
     if constexpr (kCanTransform) {
-      if (transformed) {
+      if (tile != 0) {
 #pragma omp barrier
         int64_t first = 0;
         for (const GateConvolution<N> *conv : {&input_conv, &recurrent_conv}) {
@@ -311,7 +311,7 @@ template <class N> struct GateProduct {
   void run(const Elem *const *x, const Elem *const *h, int64_t count, int thread, int threads,
            const ProductScratch<N> &scratch, const WinogradScratch<Acc> &winograd_scratch, const Body &body) const {
     if constexpr (kCanTransform) {
-      if (transformed) {
+      if (tile != 0) {
         const Elem *const *images[kWinogradInputs] = {x, h};
         winograd.for_pieces(images, count, thread, threads, winograd_scratch,
                             [&](int64_t block, int64_t begin, int64_t end) {

@@ -49,8 +49,8 @@ void fill(ConvLSTM2dCall &call, const std::vector<int64_t> &sizes, const py::tup
   };
   call.input_conv = convolution();
   call.recurrent_conv = convolution();
-  for (bool *field : {&call.winograd.gates, &call.winograd.to_h, &call.winograd.to_input, &call.winograd.to_weights})
-    *field = next() != 0;
+  for (int *field : {&call.winograd.gates, &call.winograd.to_h, &call.winograd.to_input, &call.winograd.to_weights})
+    *field = int(next());
   size_t k = 0;
   for (Tensor *field : {&call.input, &call.h_0, &call.c_0, &call.weight_ih, &call.weight_hh, &call.bias, &call.peephole,
                         &call.step_flags, &call.output})

@@ -22,10 +22,10 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Which products are transformed (winograd.h); for float32, both convolutions 3x3, stride 1, dilation 1, one group,
-// padded with zeros.
+// Which products are transformed, and to which tiles (winograd.h): 2, 4, or 0 for direct ones. For float32, both
+// convolutions 3x3, stride 1, dilation 1, one group, padded with zeros.
 struct WinogradChoice {
-  bool gates, to_h, to_input, to_weights; // and in the backward, gradients of h, of the input, of both weights
+  int gates, to_h, to_input, to_weights; // and in the backward, gradients of h, of the input, of both weights
 };
 
 struct ConvLSTM2dCall {

@@ -1,6 +1,8 @@
 // Backward of the ConvLSTM. Per timestep one transposed product over dz of the following step (dz: gradient before the
 // gate activations) gives dh; the cell's own backward follows while the sums are in the cache. A few steps at a time
 // make a chunk; its gradients of input, weights, bias and peepholes are summed over all of its steps at once.
+#include <algorithm>
+
 #include "cell.h"
 
 namespace fused_convlstm {
@@ -17,14 +19,14 @@ template <class N> struct TransposedConvolution {
   const Geometry &geometry;
   Blocks blocks; // of input channels
   int64_t out_per_group;
-  bool transformed;
+  int tile;                    // of a transformed convolution, 0 for a direct one
   Buffer<Elem> weights;        // [block][tap][gate, channel / G][lane][G]
-  WinogradProduct<T> winograd; // empty unless transformed
+  WinogradProduct<T> winograd; // empty for a direct one
 
   TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_,
-                        bool transformed_)
+                        int tile_)
       : geometry(geometry_), blocks(groups, in_per_group, kVectors * L), out_per_group(out_per_group_),
-        transformed(kCanTransform && transformed_) {}
+        tile(kCanTransform ? tile_ : 0) {}
 
   int64_t block_stride() const { return int64_t(geometry.taps) * 4 * out_per_group * kVectors * L; }
   int vectors(int64_t block) const { return int((blocks.channels(block) + L - 1) / L); }
@@ -32,8 +34,8 @@ template <class N> struct TransposedConvolution {
   void allocate() {
     weights.allocate(blocks.count() * block_stride());
     const ConvolutionShape &s = geometry.shape;
-    if (transformed)
-      winograd.allocate(s.height, s.width, blocks.count(),
+    if (tile != 0)
+      winograd.allocate(tile, s.height, s.width, blocks.count(),
                         {{4 * out_per_group, s.out_height, s.out_width, 2 - s.pad_top, 2 - s.pad_left}});
   }
 
@@ -56,7 +58,7 @@ template <class N> struct TransposedConvolution {
       }
     }
     if constexpr (kCanTransform) {
-      if (transformed) {
+      if (tile != 0) {
 #pragma omp barrier
         winograd.pack(
             weights.get(), block_stride(), [&](int64_t block) { return vectors(block); }, 0, 4 * out_per_group, true,
@@ -71,7 +73,8 @@ template <class N> struct TransposedConvolution {
   void run(const Elem *const *images, int64_t count, int thread, int threads, const ProductScratch<N> &scratch,
            const WinogradScratch<T> &winograd_scratch, const Body &body) const {
     if constexpr (kCanTransform) {
-      if (transformed) {
+      const auto has_data = [](const T *rows) { return rows != nullptr; };
+      if (tile != 0 && std::any_of(images, images + count, has_data)) { // the last step has no step after it
         winograd.for_pieces(&images, count, thread, threads, winograd_scratch,
                             [&](int64_t block, int64_t begin, int64_t end) {
                               run_transformed(block, begin, end, winograd_scratch,
@@ -256,6 +259,7 @@ constexpr int64_t kGradientTiles = 256; // tiles summed at once: what they read 
 template <class T> struct WinogradWeightGradient {
   static constexpr int L = kLanes<T>;
   WinogradWindows<T> windows;
+  int64_t positions;
   int64_t outputs, panels; // 4 * C, and in panels of kPanel
   int64_t blocks;          // of kVectors * L input channels
   int64_t input_plane;     // elements from one position of `inputs` to the next
@@ -273,15 +277,16 @@ template <class T> struct WinogradWeightGradient {
   // images: of a chunk, at most.
   void allocate(const ConvLSTM2dCall &call, int64_t images) {
     const ConvolutionShape &x = call.input_conv->shape, &h = call.recurrent_conv->shape;
-    windows.allocate(h.out_height, h.out_width,
+    windows.allocate(call.winograd.to_weights, h.out_height, h.out_width,
                      {{call.in_channels, x.height, x.width, x.pad_top, x.pad_left},
                       {call.channels, h.height, h.width, h.pad_top, h.pad_left}});
+    positions = windows.positions();
     outputs = 4 * call.channels;
     panels = (outputs + kPanel - 1) / kPanel;
     blocks = (windows.depth + kVectors * L - 1) / (kVectors * L);
     input_plane = images * windows.tiles() * windows.depth + L; // planes begin in different sets of the cache
-    inputs.allocate(kPositions * input_plane + kVectors * L);
-    sums.allocate(kPositions * blocks * panels * tile_size());
+    inputs.allocate(positions * input_plane + kVectors * L);
+    sums.allocate(positions * blocks * panels * tile_size());
     sums.fill_zero();
     zeros.allocate(outputs);
     zeros.fill_zero();
@@ -290,7 +295,7 @@ template <class T> struct WinogradWeightGradient {
   void allocate(Scratch &scratch, int threads) const {
     scratch.row = round_up((panels + threads - 1) / threads * kPanel, L) + L; // rows begin in different sets as well
     scratch.plane = kGradientTiles * scratch.row + L;
-    scratch.dz.allocate(kPositions * scratch.plane);
+    scratch.dz.allocate(positions * scratch.plane);
     scratch.pairs.allocate(kGradientTiles);
     for (int64_t k = 0; k < kGradientTiles; ++k)
       scratch.pairs[k] = {k * scratch.row, k * windows.depth};
@@ -314,7 +319,7 @@ template <class T> struct WinogradWeightGradient {
       const int64_t length = smaller(kGradientTiles, total - first);
       for (int64_t k = 0; k < length; ++k)
         transform_dz(dz_images, first + k, range, scratch.dz.get() + k * scratch.row, scratch.plane);
-      for (int64_t position = 0; position < kPositions; ++position)
+      for (int64_t position = 0; position < positions; ++position)
         for (int64_t block = 0; block < blocks; ++block) {
           const T *input = inputs.get() + position * input_plane + first * windows.depth + block * kVectors * L;
           const int64_t channels = smaller(kVectors * L, windows.depth - block * kVectors * L);
@@ -330,30 +335,30 @@ template <class T> struct WinogradWeightGradient {
   // (4 * C, channels, 3, 3), contiguous.
   template <class To> void write(To *to, int64_t first, int64_t channels, int thread, int threads) const {
     const Range range = part_of(outputs, thread, threads);
+    const int64_t last = first + channels, position_stride = blocks * panels * tile_size();
     for (int64_t out = range.begin; out < range.end; ++out)
-      for (int64_t c = first; c < first + channels; ++c) {
-        T positions[kPositions], taps[9];
+      for (int64_t c = first / L * L; c < last; c += L) {
         const T *from = at(0, c / (kVectors * L), out / kPanel) + out % kPanel * kVectors * L + c % (kVectors * L);
-        for (int position = 0; position < kPositions; ++position)
-          positions[position] = from[position * blocks * panels * tile_size()];
-        inverse_transform_taps(taps, positions);
-        for (int tap = 0; tap < 9; ++tap)
-          to[(out * channels + c - first) * 9 + tap] = convert<To>(taps[tap]);
+        Vec<T> taps[9];
+        with_tile(windows.tile, [&](auto m) { inverse_transform_taps<T, m()>(taps, from, position_stride); });
+        for (int64_t lane = larger(first - c, 0); lane < smaller(L, last - c); ++lane)
+          for (int tap = 0; tap < 9; ++tap)
+            to[(out * channels + c + lane - first) * 9 + tap] = convert<To>(taps[tap][lane]);
       }
   }
 
 private:
-  void transform_dz(const T *const *images, int64_t tile, const Range &range, T *to, int64_t plane) const {
-    const int64_t image = tile / windows.tiles(), in_image = tile % windows.tiles();
-    const int64_t y = in_image / windows.columns * 2, x = in_image % windows.columns * 2;
+  void transform_dz(const T *const *images, int64_t k, const Range &range, T *to, int64_t plane) const {
+    const int64_t image = k / windows.tiles(), in_image = k % windows.tiles(), tile = windows.tile;
+    const int64_t first_y = in_image / windows.columns * tile, first_x = in_image % windows.columns * tile;
     const int64_t begin = range.begin * kPanel, end = smaller(outputs, range.end * kPanel);
-    const T *pixels[4];
-    for (int k = 0; k < 4; ++k) {
-      const bool inside = y + k / 2 < windows.height && x + k % 2 < windows.width;
-      const int64_t pixel = (y + k / 2) * windows.width + x + k % 2;
-      pixels[k] = inside ? images[image] + pixel * outputs + begin : zeros.get();
+    const T *pixels[kMostTile * kMostTile];
+    for (int64_t n = 0; n < tile * tile; ++n) {
+      const int64_t y = first_y + n / tile, x = first_x + n % tile;
+      const bool inside = y < windows.height && x < windows.width;
+      pixels[n] = inside ? images[image] + (y * windows.width + x) * outputs + begin : zeros.get();
     }
-    transform_outputs(to, plane, pixels, end - begin);
+    with_tile(windows.tile, [&](auto m) { transform_outputs<T, m()>(to, plane, pixels, end - begin); });
   }
 };
 
@@ -452,11 +457,12 @@ public:
 
   void run() {
     Buffer<ThreadState> states(call_.threads);
-    const bool recompute_transformed = recompute_ && gates_.transformed;
+    const int gates_tile = recompute_ ? gates_.tile : 0;
+    const int tile = int(larger(gates_tile, larger(to_h_.tile, to_input_.tile)));
     for (int k = 0; k < call_.threads; ++k) {
       new (&states[k]) ThreadState(batch_, chunk_, larger(pixels_, 1));
-      if (recompute_transformed || to_h_.transformed || to_input_.transformed)
-        states[k].winograd.allocate(larger(4 * channels_, recompute_transformed ? gates_.winograd.depth : 0));
+      if (tile != 0)
+        states[k].winograd.allocate(tile, larger(4 * channels_, gates_tile != 0 ? gates_.winograd.depth : 0));
     }
     run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
     for (int k = 0; k < call_.threads; ++k)

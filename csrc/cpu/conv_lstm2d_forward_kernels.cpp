@@ -29,8 +29,8 @@ public:
     Buffer<ThreadState> states(call_.threads);
     for (int k = 0; k < call_.threads; ++k) {
       new (&states[k]) ThreadState(call_.batch);
-      if (product_.transformed)
-        states[k].winograd.allocate(product_.winograd.depth);
+      if (product_.tile != 0)
+        states[k].winograd.allocate(product_.tile, product_.winograd.depth);
     }
     run_team(call_.threads, [&](int thread, int threads) { run_thread(states[thread], thread, threads); });
     for (int k = 0; k < call_.threads; ++k)

@@ -72,7 +72,7 @@ class CpuBackend(Backend):
             "instruction sets of this machine": ", ".join(_cpu.detected_instruction_sets()),
             "instruction set in use": _cpu.instruction_set(),
             "threads": str(torch.get_num_threads()),
-            "Winograd": winograd.current_mode(),
+            "Winograd": winograd.describe(),
         }
 
     def conv_lstm2d(
@@ -99,7 +99,7 @@ class CpuBackend(Backend):
         cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
         transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
         if transformed.gates:
-            registry.note("cpu: gates by Winograd's F(2x2, 3x3)")
+            registry.note(f"cpu: gates by Winograd's {winograd.filter_name(transformed.gates)}")
         _cpu.conv_lstm2d(
             _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(input, h_0, c_0, weight_ih, weight_hh, bias, peephole, step_flags, output),
@@ -137,7 +137,7 @@ class CpuBackend(Backend):
         size = (output.size(3), output.size(4))
         transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
         if any(transformed[1:]):
-            registry.note("cpu: gradients by Winograd's F(2x2, 3x3)")
+            registry.note(f"cpu: by Winograd, gradients {transformed.gradients()}")
         _cpu.conv_lstm2d_backward(
             _sizes(input, weight_ih, weight_hh, peephole, size, options, transformed),
             views(*tensors, step_flags, output),
