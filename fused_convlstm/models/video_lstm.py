@@ -31,7 +31,7 @@ class VideoLSTMConfig(ModelConfig):
             which is VideoLSTM.
         backbone: "vgg16" up to pool5 (the layout of torchvision's ``vgg16().features``), "small" (a third of the
             layers), or "features": the frames are feature maps already.
-        backbone_channels: of the small backbone's four convolutions. Its maps have 1/8 of the frame's size.
+        backbone_channels: of the small backbone's four convolutions. Its maps have 1/4 of the frame's size.
         hidden_channels: of the LSTM.
         motion: where the design "motion" takes it from: "flow", the last two channels of the input, the "difference"
             of each frame to the one before, or "same": the whole input, which is optical flow.
@@ -85,15 +85,16 @@ def make_vgg16(in_channels: int) -> nn.Sequential:
 
 
 def make_small_backbone(in_channels: int, channels: tuple[int, ...]) -> nn.Sequential:
-    """Four convolutions, three of stride 2, with batch normalisation.
+    """Two convolutions of stride 2 and two of one pixel, with batch normalisation.
 
-    Normalised over a frame, maps would tell of the whole frame everywhere, and attention would not have to be where
-    something happens.
+    A cell sees 7x7 pixels. Where cells see their neighbours too, or are normalised over a frame, they tell of what
+    happens elsewhere, and attention does not have to be where something happens.
     """
     layers: list[nn.Module] = []
     for k, width in enumerate(channels):
+        kernel, stride = (3, 2) if k < 2 else (1, 1)
         layers += [
-            nn.Conv2d(in_channels, width, 3, stride=2 if k < 3 else 1, padding=1, bias=False),
+            nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
         ]

@@ -2,6 +2,7 @@
 
 A clip shows one acting figure among others who stand still; the camera moves. Which figure acts and what it does is
 seen only in motion: the others look alike, and every action has its reverse, which is the same clip played backwards.
+Who acts also sways from side to side, in every action alike, so that legs and trunk move where only the arms act.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _render_batch(job: _Batch) -> int:
 
 def action_poses(label: str, rng: np.random.Generator) -> list[_Pose]:
     """The acting figure over time, in its place in the scene."""
-    duration = rng.uniform(0.35, 0.6) * NUM_FRAMES
+    duration = rng.uniform(0.7, 0.95) * NUM_FRAMES
     middle = rng.uniform(duration / 2, NUM_FRAMES - 1 - duration / 2)
     progress = np.clip((np.arange(NUM_FRAMES) - middle) / duration + 0.5, 0, 1)
     progress = 0.5 - 0.5 * np.cos(np.pi * progress)  # 0 to 1, as slow at the end as at the start
@@ -108,9 +109,11 @@ def action_poses(label: str, rng: np.random.Generator) -> list[_Pose]:
         progress = 1 - progress
     # What the action leaves alone is any of what other actions do: a still pose says nothing.
     bent, raised, lean = rng.uniform(0, 0.35), rng.uniform(0, 1), rng.uniform(-0.4, 0.4)
-    place = rng.uniform(0.38, 0.62)
+    place = rng.uniform(0.32, 0.68)
+    sway = np.sin(2 * np.pi * (np.arange(NUM_FRAMES) / rng.uniform(8, 16) + rng.uniform(0, 1)))
+    places = place + rng.uniform(0.02, 0.035) * sway
     poses = []
-    for value in progress:
+    for place, value in zip(places, progress, strict=True):
         if label.startswith("walk"):
             poses.append(_Pose(place + 0.36 * (value - 0.5), bent, raised, lean, 9.0 * value))
         elif label in ("sit_down", "stand_up"):
@@ -133,8 +136,8 @@ def actor_frames(
     size = rng.uniform(0.85, 1.1)
     ground = rng.uniform(0.85, 0.95)
     clothes = [_Clothes.draw(rng) for _ in range(3)]
-    # two bystanders, who stand where the actor does not go
-    places = [x for x in rng.permutation(np.linspace(0.0, 1.0, 9)) if all(abs(x - pose.x) > 0.3 for pose in poses)]
+    # one or two bystanders, who stand where the actor does not go
+    places = [x for x in rng.permutation(np.linspace(0.0, 1.0, 9)) if all(abs(x - pose.x) > 0.28 for pose in poses)]
     bystanders = [
         (
             _Pose(float(x), rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(-1, 1), rng.uniform(0, 6)),
