@@ -352,6 +352,9 @@ def _add_localize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_evaluation_arguments(parser)
     parser.add_argument("--sigma", type=float, default=2.0, help="of the smoothing, in steps; default 2")
     parser.add_argument(
+        "--power", type=float, default=1.0, help="to which attention is raised: below 1 evens it out; default 1"
+    )
+    parser.add_argument(
         "--spread", type=float, default=0.0, help="of a smoothing over the picture, as a share of its height; default 0"
     )
     parser.add_argument("--threshold", type=float, default=0.4, help="0 to 1, from median to largest; default 0.4")
@@ -364,7 +367,7 @@ def _localize(options: argparse.Namespace) -> None:
     cache, split, out = _evaluation_places(options, "test", "tubes")
     scores = localize(
         TrainedReader.load(options.model, _device(options.device)), cache, split, out, sigma=options.sigma,
-        spread=options.spread, threshold=options.threshold,
+        power=options.power, spread=options.spread, threshold=options.threshold,
     )  # fmt: skip
     print(", ".join(f"{name} {v:.4f}" if isinstance(v, float) else f"{v} {name}" for name, v in scores.items()))
     print(f"report: {out}")

@@ -396,6 +396,21 @@ def test_action_is_seen_in_the_flow(label):
     assert strong[inside].mean() > 3 * strong[~inside].mean()
 
 
+@pytest.mark.parametrize("label", ACTIONS)
+def test_who_acts_moves_from_head_to_foot(label):
+    """In every action both halves of the actor's box move, and nothing does outside of it."""
+    frames, boxes = actor_frames(label, np.random.default_rng(2), camera=0.0)
+    motion = np.abs(optical_flow(np.stack(frames)).astype(float) - FLOW_ZERO).sum(axis=-1)
+    energy = np.zeros(3)  # mean motion per pixel of the upper half, the lower half, elsewhere
+    for moved, (x, y, width, height) in zip(motion[1:], boxes[1:].round().astype(int), strict=True):
+        middle = y + height // 2
+        outside = np.ones_like(moved, dtype=bool)
+        outside[max(y - 8, 0) : y + height + 8, max(x - 8, 0) : x + width + 8] = False
+        upper, lower = moved[y:middle, x : x + width], moved[middle : y + height, x : x + width]
+        energy += [upper.mean(), lower.mean(), moved[outside].mean()]
+    assert (energy[:2] > 10 * energy[2]).all()
+
+
 def test_the_camera_can_stand_still():
     """Who sits down stays where the feet are; only the camera moves them in the picture."""
     for camera, moved in ((0.0, False), (1.0, True)):

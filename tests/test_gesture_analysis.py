@@ -134,6 +134,17 @@ def test_spread_and_peaks() -> None:
         attention_tube(bumps(path), 6, (56, 56), spread=-1.0)
 
 
+def test_power_evens_attention_out() -> None:
+    maps = torch.full((1, 20, 20), 0.001)
+    maps[0, 4:16, 6:14] = 0.1
+    maps[0, 5:7, 8:12] = 1.0
+    whole = np.array([[6.0, 4.0, 8.0, 12.0]])
+    assert box_iou(attention_tube(maps, 1, (20, 20), sigma=0.0), whole)[0] < 0.2
+    assert box_iou(attention_tube(maps, 1, (20, 20), sigma=0.0, power=0.25), whole)[0] == 1.0
+    with pytest.raises(ValueError, match="power: expected more than 0"):
+        attention_tube(maps, 1, (20, 20), power=0.0)
+
+
 def test_box_iou() -> None:
     first = np.array([[0.0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 0, 0], [0, 0, 4, 2]])
     second = np.array([[2.0, 0, 4, 4], [5, 5, 2, 2], [1, 1, 0, 0], [0, 0, 4, 2]])

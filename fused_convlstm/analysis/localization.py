@@ -32,6 +32,7 @@ def attention_tube(
     size: tuple[int, int],
     *,
     sigma: float = 2.0,
+    power: float = 1.0,
     spread: float = 0.0,
     threshold: float = 0.4,
 ) -> Boxes:
@@ -44,7 +45,7 @@ def attention_tube(
         maps: (T', h, w), at least zero.
         steps: frames T.
         size: (H, W) of the frames.
-        sigma, spread: of the smoothing.
+        sigma, power, spread: see :func:`attention_pictures`.
         threshold: 0 to 1.
 
     Returns:
@@ -52,22 +53,27 @@ def attention_tube(
     """
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"threshold: expected from 0 to less than 1, got {threshold}")
-    return boxes_of(attention_pictures(maps, steps, size, sigma=sigma, spread=spread), threshold)
+    return boxes_of(attention_pictures(maps, steps, size, sigma=sigma, power=power, spread=spread), threshold)
 
 
 def attention_pictures(
-    maps: Tensor, steps: int, size: tuple[int, int], *, sigma: float, spread: float
+    maps: Tensor, steps: int, size: tuple[int, int], *, sigma: float, power: float = 1.0, spread: float
 ) -> npt.NDArray[np.float32]:
     """Attention (T', h, w) over every frame, (T, H, W): smoothed over time, enlarged, and smoothed over the picture.
 
     Args:
         sigma: of the smoothing over time, in steps of ``maps``.
+        power: to which the attention is raised. A softmax often puts most of the attention into one place; below 1,
+            what is attended to less is seen as well.
         spread: of the smoothing over the picture, as a share of its height: what is attended to are features, which see
             their surroundings (Xu et al. 2015 show attention so).
     """
+    if power <= 0.0:
+        raise ValueError(f"power: expected more than 0, got {power}")
     if spread < 0.0:
         raise ValueError(f"spread: expected at least 0, got {spread}")
-    pictures: npt.NDArray[np.float32] = resize_maps(smooth_over_time(maps.cpu(), sigma), steps, size).numpy()
+    smooth = smooth_over_time(maps.cpu(), sigma) ** power
+    pictures: npt.NDArray[np.float32] = resize_maps(smooth, steps, size).numpy()
     if spread == 0.0:
         return pictures
     blurred = [

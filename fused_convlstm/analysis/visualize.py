@@ -83,6 +83,7 @@ def localize(
     out: Path,
     *,
     sigma: float = 2.0,
+    power: float = 1.0,
     spread: float = 0.0,
     threshold: float = 0.4,
     pictures: int = 4,
@@ -91,7 +92,7 @@ def localize(
     frames, and pictures of the first clips. Where the cache knows the true boxes, also the mean IoU with them.
 
     Args:
-        sigma, spread, threshold: see :func:`attention_tube`.
+        sigma, power, spread, threshold: see :func:`attention_tube`.
         pictures: clips to draw.
 
     Returns:
@@ -114,7 +115,7 @@ def localize(
             raise ValueError(f"model: {reader.name} has no attention")
         maps = attention_maps(list(record.attention.values())[-1])[:, 0]
         steps, side = len(clip.frames), _crop_side(reader, clip.frames)
-        attended = attention_pictures(maps, steps, (side, side), sigma=sigma, spread=spread)
+        attended = attention_pictures(maps, steps, (side, side), sigma=sigma, power=power, spread=spread)
         height, width = clip.frames.shape[2:]
         corner = np.array([(width - side) // 2, (height - side) // 2, 0, 0])  # of the crop
         tube = boxes_of(attended, threshold) + corner
