@@ -13,7 +13,7 @@ from fused_convlstm.models import ClipModel, create_model, load_model, model_nam
 from fused_convlstm.models.clips import SameConv2d, SameConv3d, strided_steps
 from fused_convlstm.models.gesture import COMPONENTS, pyramid_steps
 from fused_convlstm.models.resnet50 import make_resnet50
-from fused_convlstm.models.video_lstm import DESIGNS, make_vgg16
+from fused_convlstm.models.video_lstm import DESIGNS, make_small_backbone, make_vgg16
 
 TINY_LIPS = {"in_channels": 1, "width": 0.1, "features": 12}
 TINY_VGGM = {"in_channels": 1, "channels": [4, 6, 6, 6, 6], "fc_channels": 8, "frames": 6, "head_channels": 8}
@@ -125,6 +125,18 @@ def test_vgg16_has_torchvisions_layout() -> None:
     assert weights["0.weight"] == (64, 3, 3, 3)
     assert weights["28.weight"] == (512, 512, 3, 3)
     assert sum(p.numel() for p in make_vgg16(3).parameters()) == 14_714_688
+
+
+def test_cells_of_the_small_backbone_see_seven_pixels() -> None:
+    backbone = make_small_backbone(2, (8, 8, 8, 8)).eval()
+    image = torch.randn(1, 2, 32, 32, requires_grad=True)
+    maps = backbone(image)
+    assert maps.shape == (1, 8, 8, 8)
+    maps[0, :, 4, 3].sum().backward()
+    assert image.grad is not None
+    rows, columns = image.grad[0].abs().sum(0).nonzero(as_tuple=True)
+    assert (rows.min(), rows.max()) == (13, 19)
+    assert (columns.min(), columns.max()) == (9, 15)
 
 
 def test_every_new_model_is_tested() -> None:
