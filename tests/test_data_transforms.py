@@ -178,22 +178,22 @@ SENTENCE = Clip(
 def test_cut_words():
     generator = torch.Generator().manual_seed(0)
     seen = set()
-    for _ in range(60):
+    for _ in range(200):
         cut = cut_words(SENTENCE, 12, generator)
         assert len(cut.frames) <= 12
-        assert cut.words[0][1] == 0
-        assert cut.words[-1][2] == len(cut.frames)
         assert cut.text == " ".join(word for word, _, _ in cut.words)
-        original = {word: start for word, start, _ in SENTENCE.words}
-        for word, start, _ in cut.words:
-            assert cut.frames[start].item() == original[word]
-        seen.add(cut.text)
-    assert seen == {"bin", "blue at", "at"}
+        original = {word: (start, end) for word, start, end in SENTENCE.words}
+        for word, start, end in cut.words:
+            assert (cut.frames[start].item(), cut.frames[end - 1].item() + 1) == original[word]
+        seen.add((cut.text, cut.frames[0].item(), cut.frames[-1].item() + 1))
+    in_pauses = {("bin", begin, 10) for begin in (0, 1, 2)} | {("blue at", 10, 22), ("at", 20, 22), ("at", 20, 23)}
+    assert seen == in_pauses, "as many words as fit, and pauses as far as there is room"
 
 
 def test_cut_words_takes_all_or_the_shortest():
     generator = torch.Generator().manual_seed(0)
     assert "bin blue at f" in {cut_words(SENTENCE, 36, generator).text for _ in range(30)}
     assert {cut_words(SENTENCE, 1, generator).text for _ in range(9)} == {"at"}
+    assert {len(cut_words(SENTENCE, 1, generator).frames) for _ in range(9)} == {2}, "nothing but the word"
     with pytest.raises(ValueError, match="word boundaries"):
         cut_words(Clip(SENTENCE.frames, -1, "bin", "s"), 8)

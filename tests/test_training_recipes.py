@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fused_convlstm.data import Batch, Clip, collate
 from fused_convlstm.models import create_model
 from fused_convlstm.training.recipe import TrainingRecipe, load_recipe, recipe_names
 from fused_convlstm.training.tasks import (
@@ -120,6 +121,42 @@ def test_text_to_classes():
     assert CharacterTask().classes[3] == "a"
     with pytest.raises(ValueError, match="no class for"):
         encode_text("naïve")
+
+
+def test_letters_belong_behind_the_pause():
+    """CTC of what follows the pause, and blanks within it, each clip as if it were alone."""
+    torch.manual_seed(0)
+    task, lengths, pauses, texts = (
+        CharacterTask(),
+        torch.tensor([12, 9, 7]),
+        torch.tensor([4, 0, 3]),
+        ["ab", "now", "a"],
+    )
+    outputs = torch.randn(12, 3, len(task.classes), requires_grad=True)
+    batch = Batch(torch.zeros(12, 3, 1, 4, 4), lengths, torch.full((3,), -1), texts, [""] * 3, pauses)
+    loss = task.clip_loss(outputs, batch, lengths)
+    expected = torch.zeros(())
+    for clip, text in enumerate(texts):
+        log_probs = outputs[: lengths[clip], clip].log_softmax(-1)
+        target, start = encode_text(text), int(pauses[clip])
+        spoken = log_probs[start:].unsqueeze(1)
+        expected = expected + torch.nn.functional.ctc_loss(
+            spoken, target[None], torch.tensor([len(spoken)]), torch.tensor([len(target)]), reduction="sum"
+        )
+        expected = expected - log_probs[:start, 0].sum()
+    torch.testing.assert_close(loss, expected)
+    gradient, expected_gradient = (torch.autograd.grad(value, outputs)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, expected_gradient)
+    batch.pauses = None
+    assert task.clip_loss(outputs, batch, lengths) != loss
+
+
+def test_batches_know_the_pauses():
+    clips = [
+        Clip(torch.zeros(9, 1, 4, 4, dtype=torch.uint8), -1, "now", "a", (("now", 3, 9),)),
+        Clip(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), 0, "now", "b"),
+    ]
+    assert collate(clips).pauses.tolist() == [3, 0]
 
 
 def test_word_scores():

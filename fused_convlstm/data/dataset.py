@@ -110,6 +110,7 @@ class Batch:
         labels: int64 (B,).
         texts: B words or sentences.
         names: B names.
+        pauses: int64 (B,), frames before the first word, 0 where that is not known; None: nowhere.
     """
 
     frames: Tensor
@@ -117,6 +118,7 @@ class Batch:
     labels: Tensor
     texts: list[str]
     names: list[str]
+    pauses: Tensor | None = None
 
 
 def collate(clips: list[Clip]) -> Batch:
@@ -132,14 +134,16 @@ def collate(clips: list[Clip]) -> Batch:
         torch.tensor([clip.label for clip in clips]),
         [clip.text for clip in clips],
         [clip.name for clip in clips],
+        torch.tensor([clip.words[0][1] if clip.words else 0 for clip in clips]),
     )
 
 
 def cut_words(clip: Clip, max_frames: int, generator: torch.Generator | None = None) -> Clip:
     """A random run of whole words of at most ``max_frames`` frames, with their text: the curriculum of CTC pretraining.
 
-    A run starts at a random word and takes as many of the next as fit. Words longer than ``max_frames`` start no run;
-    if all are, the shortest word is taken whole.
+    A run starts at a random word and takes as many of the next as fit; where there is room left, a random part of the
+    pauses before and after them comes along, as there are pauses in whole sentences. Words longer than ``max_frames``
+    start no run; if all are, the shortest word is taken whole.
 
     Raises:
         ValueError: the clip has no word boundaries.
@@ -151,16 +155,25 @@ def cut_words(clip: Clip, max_frames: int, generator: torch.Generator | None = N
         first = starts[int(torch.randint(len(starts), (), generator=generator))]
     else:
         first = min(range(len(clip.words)), key=lambda i: clip.words[i][2] - clip.words[i][1])
-    begin = clip.words[first][1]
-    last = first
-    while last + 1 < len(clip.words) and clip.words[last + 1][2] - begin <= max_frames:
+    start, last = clip.words[first][1], first
+    while last + 1 < len(clip.words) and clip.words[last + 1][2] - start <= max_frames:
         last += 1
+    stop = clip.words[last][2]
+    pause = start - (clip.words[first - 1][2] if first else 0)
+    begin = start - _up_to(min(pause, max_frames - (stop - start)), generator)
+    pause = (clip.words[last + 1][1] if last + 1 < len(clip.words) else len(clip.frames)) - stop
+    end = stop + _up_to(min(pause, max_frames - (stop - begin)), generator)
     run = clip.words[first : last + 1]
     return Clip(
-        clip.frames[begin : run[-1][2]],
+        clip.frames[begin:end],
         clip.label,
         " ".join(word for word, _, _ in run),
         clip.name,
-        tuple((word, start - begin, end - begin) for word, start, end in run),
-        None if clip.boxes is None else clip.boxes[begin : run[-1][2]],
+        tuple((word, since - begin, until - begin) for word, since, until in run),
+        None if clip.boxes is None else clip.boxes[begin:end],
     )
+
+
+def _up_to(largest: int, generator: torch.Generator | None) -> int:
+    """A random number from 0 to ``largest``, 0 if that is negative."""
+    return int(torch.randint(max(largest, 0) + 1, (), generator=generator))

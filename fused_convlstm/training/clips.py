@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def run_batch(
     model: StreamingModel, batch: Batch, views: Views, resets: tuple[str, int] | None, device: torch.device
 ) -> Tensor:
     """The probabilities (T, B, K) of a batch, on the CPU."""
-    batch = Batch(batch.frames.to(device), batch.lengths, batch.labels, batch.texts, batch.names)
+    batch = replace(batch, frames=batch.frames.to(device))
     steps, count = batch.frames.shape[:2]
     schedule = None if resets is None else {resets[0]: every(resets[1], steps, count)}
     total: Tensor | None = None

@@ -130,16 +130,27 @@ class CharacterTask(Task):
         return None
 
     def clip_loss(self, outputs: Tensor, batch: Batch, lengths: Tensor) -> Tensor:
+        """CTC from the first word on, blanks before it.
+
+        Without the blanks a network learns to put the first letter on the first frame, before anything is said: a guess
+        that CTC then never gives up, because no other alignment is likely any more.
+        """
+        log_probs = outputs.float().log_softmax(-1)  # (T, B, classes)
         targets = [encode_text(text) for text in batch.texts]
-        return F.ctc_loss(
-            outputs.float().log_softmax(-1),
+        pauses = torch.zeros_like(lengths) if batch.pauses is None else batch.pauses
+        steps = torch.arange(len(outputs))[:, None]
+        blanks = log_probs[..., BLANK].where((steps < pauses).to(outputs.device), 0.0)
+        spoken = (steps + pauses).clamp(max=len(outputs) - 1).to(outputs.device)  # (T, B)
+        ctc: Tensor = F.ctc_loss(
+            log_probs.gather(0, spoken[..., None].expand_as(log_probs)),
             torch.cat(targets),
-            lengths,
+            lengths - pauses,
             torch.tensor([len(target) for target in targets]),
             blank=BLANK,
             reduction="sum",
             zero_infinity=True,  # a clip too short for its text has no alignment
         )
+        return ctc - blanks.sum()
 
     def scores(self, results: ClipResults) -> dict[str, float]:
         return sentence_scores(results.read, results.texts)

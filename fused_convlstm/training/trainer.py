@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ class Trainer:
         seed, rank = self.recipe.seed, self.processes.rank
         torch.manual_seed(seed_of(seed, DROPOUT, self.step, rank))
         device = self.processes.device
-        batch = Batch(batch.frames.to(device, non_blocking=True), batch.lengths, batch.labels, batch.texts, batch.names)
+        batch = replace(batch, frames=batch.frames.to(device, non_blocking=True))
         frames = augment(batch, generator_of(seed, AUGMENT, self.step, rank))
         lengths = batch.lengths.clamp(max=frames.size(0))
         if augment.uniform:
