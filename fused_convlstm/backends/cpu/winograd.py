@@ -50,7 +50,8 @@ def use_winograd(mode: str = AUTO, tile: int = 2) -> Iterator[None]:
             Outside any block, the environment variable ``FUSED_CONVLSTM_WINOGRAD`` decides, with tiles of 2x2, else
             ``"never"``.
         tile: size of the largest tiles: 2 or 4. ``"auto"`` takes for each product what is expected to be fastest of
-            those allowed, ``"always"`` takes this tile.
+            those allowed, which depends on the size of the call and on the number of threads, so that the last bits of
+            results do, too; ``"always"`` takes this tile.
 
     Raises:
         ValueError: ``mode`` or ``tile`` is none of these.
