@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark-report", default="cpu", help="name of the report under benchmarks/results (default: cpu)"
     )
+    parser.addoption(
+        "--benchmark-again",
+        action="store_true",
+        help="measure what is selected (-k) a second time, and keep the faster run of each in the report",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,5 +46,6 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != 0:
         terminalreporter.write_line("a benchmark failed: no report written")
         return
-    table = write_report(_measurements, RESULTS, config.getoption("--benchmark-report"))
+    name, again = config.getoption("--benchmark-report"), config.getoption("--benchmark-again")
+    table = write_report(_measurements, RESULTS, name, again=again)
     terminalreporter.write_line(table)
