@@ -149,6 +149,8 @@ def test_letters_belong_behind_the_pause():
     torch.testing.assert_close(gradient, expected_gradient)
     batch.pauses = None
     assert task.clip_loss(outputs, batch, lengths) != loss
+    batch.pauses = lengths + 5  # of boundaries that lie behind the end of the video
+    assert task.clip_loss(outputs, batch, lengths).isfinite()
 
 
 def test_batches_know_the_pauses():

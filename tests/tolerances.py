@@ -1,7 +1,7 @@
 """The error bar, in one place.
 
 A kernel in precision p is judged against the reference in float64: its largest error may be at most twice that of plain
-PyTorch in the same precision on the same numbers and a floor, for results that plain PyTorch happens to hit exactly.
+PyTorch in the same precision on the same numbers, plus a floor for results that plain PyTorch happens to hit exactly.
 A fixed tolerance would either fail good kernels on long sums or pass bad ones on short sums.
 """
 
@@ -15,7 +15,7 @@ WINOGRAD_FACTOR = {2: 2.5, 4: 15.0}  # by the tile, as docs/cpu.md has it for or
 # In units of the type's epsilon times the largest magnitude of the result. Float64 has no better reference than
 # itself, so its floor alone has to cover the rounding of the longest sums in the tests (a few thousand terms). That of
 # float32 covers results of a few elements in which large terms cancel: plain PyTorch's error is a matter of luck there.
-FLOOR = {torch.float64: 100.0, torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+FLOOR = {torch.float64: 200.0, torch.float32: 16.0, torch.float16: 2.0, torch.bfloat16: 2.0}
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
@@ -40,7 +40,10 @@ def assert_within_error_bar(
         assert value.shape == exact[name].shape, f"{name}: shape {tuple(value.shape)}, not {tuple(exact[name].shape)}"
         assert value.dtype == plain[name].dtype, f"{name}: {value.dtype}, not {plain[name].dtype}"
         scale = float(exact[name].abs().max()) if exact[name].numel() else 0.0
-        bar = factor * (error(plain[name], exact[name]) + FLOOR[dtype] * torch.finfo(dtype).eps * scale)
+        floor = (
+            factor // FACTOR * FLOOR[dtype]
+        )  # only F(4x4, 3x3), which rounds several times as much, needs more of it
+        bar = factor * error(plain[name], exact[name]) + floor * torch.finfo(dtype).eps * scale
         if dtype == torch.float64:  # the slope of a saturated activation is as exact as its value, not as its size
             bar = max(bar, 16 * torch.finfo(dtype).eps * largest)
         found = error(value, exact[name])

@@ -137,7 +137,7 @@ class CharacterTask(Task):
         """
         log_probs = outputs.float().log_softmax(-1)  # (T, B, classes)
         targets = [encode_text(text) for text in batch.texts]
-        pauses = torch.zeros_like(lengths) if batch.pauses is None else batch.pauses
+        pauses = torch.zeros_like(lengths) if batch.pauses is None else batch.pauses.minimum(lengths)
         steps = torch.arange(len(outputs))[:, None]
         blanks = log_probs[..., BLANK].where((steps < pauses).to(outputs.device), 0.0)
         spoken = (steps + pauses).clamp(max=len(outputs) - 1).to(outputs.device)  # (T, B)
