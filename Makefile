@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 SOURCES := pyproject.toml setup.py $(shell find csrc fused_convlstm -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: test-interop test lint check demo benchmark gpu-report clean
+.PHONY: test-interop test lint check demo benchmark gpu-report gpu-tune clean
 
 test: lint check
 
@@ -63,9 +63,15 @@ test-interop:
 	$(INTEROP)/bin/pip install --quiet .
 	$(INTEROP)/bin/pytest interop -p no:cacheprovider --report docs/interop.md
 
-# The GPU suite and the benchmark on the GPU at hand, under 8 minutes; without one it says so.
+# The GPU suite and the benchmark on the GPU at hand, under 8 minutes; without one it says so. Run again, it goes on.
 gpu-report: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_report.py
+
+# On the same GPU: every tile of both backends, the kernels' shares of the time, and whole networks.
+gpu-tune: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_tune.py
+	$(BIN)/python benchmarks/gpu_profile.py
+	$(BIN)/python benchmarks/models.py --device cuda
 
 clean:
 	rm -rf $(VENV) $(INTEROP) build dist *.egg-info

@@ -18,8 +18,8 @@ README = ROOT / "README.md"
 def sections() -> dict[str, str]:
     """The text of each generated section by the name of its marker."""
     made = {"capabilities": capabilities()}
-    # A report of each GPU: gpu-DEVICE-DATE.md.
-    for name, pattern in (("cpu", "cpu.md"), ("models-cpu", "models-cpu.md"), ("gpu", "gpu-*.md")):
+    # A report of each GPU: gpu-DEVICE.md.
+    for name, pattern in (("cpu", "cpu.md"), ("gpu", "gpu-*.md"), ("models-cuda", "models-cuda.md")):
         reports = sorted((ROOT / "benchmarks" / "results").glob(pattern))
         if reports:
             made[f"benchmark-{name}"] = "\n\n".join(report.read_text().strip() for report in reports)

@@ -16,7 +16,10 @@ from fused_convlstm.backends import registry
 from fused_convlstm.functional import PADDING_MODES
 
 BACKEND = registry.get("cuda")
-pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable())),
+]
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CELLS = ("conv_lstm2d", "pooled_gate_conv_lstm2d")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ _IEEE = {
 }
 
 _autotuning: bool | None = None  # by autotune()
-_measured: dict[tuple[object, ...], Tile] = {}
+_timings: dict[tuple[object, ...], dict[Tile, float]] = {}
 
 
 def autotune(enabled: bool | None = True) -> None:
@@ -95,7 +96,13 @@ def enabled() -> bool:
 
 def measured() -> dict[tuple[object, ...], Tile]:
     """What autotuning has chosen so far: (kernel, capability, element bytes, precision, problem) -> tile."""
-    return dict(_measured)
+    return {key: min(times, key=lambda tile: times[tile]) for key, times in _timings.items()}
+
+
+def timings() -> dict[tuple[Any, ...], dict[Tile, float]]:
+    """What autotuning has measured so far: the same keys -> milliseconds of a launch with each tile, infinite where it
+    does not fit the device."""
+    return dict(_timings)
 
 
 def tiles(kind: str, capability: int, precision: str) -> tuple[Tile, ...]:
@@ -154,11 +161,11 @@ def choose(
     if not enabled() or run is None or len(options) == 1:
         return default(kind, images, rows, channels, groups, options, multiprocessors(device))
     key = (kind, arch, dtype.itemsize, fp32, images, rows, channels, groups, *problem)
-    if key not in _measured:
+    if key not in _timings:
         if torch.cuda.is_current_stream_capturing():
             return default(kind, images, rows, channels, groups, options, multiprocessors(device))
-        _measured[key] = min(options, key=lambda tile: _time(run(tile)))
-    return _measured[key]
+        _timings[key] = {tile: _time(run(tile)) for tile in options}
+    return min(options, key=lambda tile: _timings[key][tile])
 
 
 def _time(launch: Callable[[], object]) -> float:

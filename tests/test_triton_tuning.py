@@ -1,0 +1,85 @@
+"""Which tile a call of the Triton backend gets; nothing is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fused_convlstm.backends.triton import autotune, measured, tuning
+from fused_convlstm.backends.triton.tile import Tile
+
+DEVICE = torch.device("cuda")
+TILES = tuning.tiles(tuning.FORWARD, 90, "bf16")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device of 132 multiprocessors on which the third tile is the fastest and the first does not fit."""
+    times = {tile: 1.0 + k for k, tile in enumerate(TILES)} | {TILES[0]: float("inf"), TILES[2]: 0.5}
+    monkeypatch.setattr(tuning, "capability", lambda device: 90)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tuning, "_time", lambda launch: times[launch()])
+    monkeypatch.setattr(tuning, "_timings", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield
+    autotune(None)
+
+
+def choose(rows: int = 576 * 32, run: Callable[[Tile], Any] | None = lambda tile: lambda: tile) -> Tile:
+    return tuning.choose(tuning.FORWARD, DEVICE, torch.bfloat16, "ieee", 1, rows, 64, 1, (64, 3, 3), run)
+
+
+def test_without_autotuning_nothing_is_launched() -> None:
+    autotune(False)
+    assert choose(run=lambda tile: pytest.fail("launched")) in TILES
+    assert measured() == {}
+
+
+def test_autotuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune(True)
+    assert choose() == TILES[2]
+    assert list(measured().values()) == [TILES[2]]
+    (times,) = tuning.timings().values()
+    assert set(times) == set(TILES)
+    assert times[TILES[2]] == 0.5
+    monkeypatch.setattr(tuning, "_time", lambda launch: pytest.fail("measured a second time"))
+    assert choose() == TILES[2]
+
+
+def test_a_capture_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune(False)
+    expected = choose()
+    autotune(True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "_time", lambda launch: pytest.fail("measured within a capture"))
+    assert choose() == expected
+    assert measured() == {}
+
+
+@pytest.mark.parametrize("rows", [9, 576, 576 * 32, 10**6])
+def test_the_default_fills_the_device(rows: int) -> None:
+    """More pixels never get a smaller tile."""
+    autotune(False)
+    tile, larger = choose(rows), choose(4 * rows)
+    assert larger.bm * larger.bn >= tile.bm * tile.bn
+
+
+def test_rows_of_the_tuning_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    import gpu_tune
+
+    monkeypatch.setattr(gpu, "prepare", lambda problem, name: choose)
+    problem = gpu.plan()[0]
+    (row,) = gpu_tune.triton_rows(problem, ("triton",))
+    assert row["problem"] == str(problem)
+    assert row["kernel"] == tuning.FORWARD
+    assert row["rows"] == 576 * 32
+    assert row["chosen"] in row["times"]
+    assert min(row["times"], key=lambda name: row["times"][name]) == gpu_tune.tile_name(TILES[2])
+    assert gpu_tune.triton_rows(problem, ("triton",)) == []  # known already
+    assert not tuning.enabled()
