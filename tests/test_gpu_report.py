@@ -211,6 +211,7 @@ def test_what_pytest_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "tests" / "test_some.py").write_text(
         "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('no GPU')\n"
     )
+    (tmp_path / "tests" / "test_other.py").write_text("import what_is_not_there\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     result = gpu_report.run_tests(120, tmp_path / "log")
     assert result["passed"] == "no"
