@@ -63,6 +63,8 @@ def in_layout(frames: Tensor, layout: str) -> Tensor:
         view = buffer[1:, 1 : b + 1, :c, 2 : h + 2, 1 : w + 1]
         view.copy_(frames)
         return view
+    if layout == "expanded" and torch.equal(frames, frames[:1].expand_as(frames)):  # else some are NaN past the end
+        return frames[:1].expand_as(frames)
     return frames
 
 
