@@ -54,7 +54,7 @@ class StepLauncher:
 
     The first launch goes through Triton's dispatch, which compiles and picks the variant; the others call the
     compiled kernel directly with raw addresses, which saves most of the host's time. ``varying`` must not be
-    specialised on.
+    specialised on. A launcher belongs to one call: to its device and its stream.
     """
 
     def __init__(
@@ -73,9 +73,13 @@ class StepLauncher:
         self._stream = 0
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        """Replaces a tensor by one of the same type, strides and alignment."""
-        assert name in self._tensors
+        """Replaces a tensor by one of the same type and strides."""
+        # The variant may rely on addresses being multiples of 16.
+        realigned = (self._tensors[name].data_ptr() ^ tensor.data_ptr()) % 16 != 0
         self._tensors[name] = tensor
+        if self._compiled is not None and realigned:
+            self._compiled = None
+            self._arguments = [self._tensors.get(n, a) for n, a in zip(self._names, self._arguments, strict=True)]
         self._arguments[self._names.index(name)] = tensor if self._compiled is None else tensor.data_ptr()
 
     def __call__(self, *values: int) -> None:
