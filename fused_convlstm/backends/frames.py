@@ -163,12 +163,19 @@ def convolution_backward(
     need_frames: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the frames and of the weight of a convolution; undefined where not needed."""
+    """Gradients of the frames and of the weight of a convolution, the same bits in every run; undefined where not
+    needed."""
     if grad.device.type == "cpu":  # the interpreter: oneDNN's channels-last backward is the less exact one
         grad, frames = grad.contiguous(), frames.contiguous()
-    d_frames, d_weight, _ = torch.ops.aten.convolution_backward(
-        grad, frames, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_frames, need_weight, False)
-    )
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True  # else cuDNN may add atomically
+    try:
+        d_frames, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad, frames, weight, None, stride, padding, dilation, False, (0, 0), groups,
+            (need_frames, need_weight, False),
+        )  # fmt: skip
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
     return d_frames, d_weight
 
 
