@@ -30,7 +30,7 @@ from fused_convlstm.backends.cuda.parameters import BFLOAT16, FLOAT32, HALF, TF3
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 MATHS = ("MathHalf", "MathBfloat16", "MathTf32", "MathFloat")
-ADDRESS_SANITIZER = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g1"]
+SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer", "-g1"]
 
 
 def build(sanitized: bool = False) -> Path:
@@ -47,7 +47,7 @@ def build(sanitized: bool = False) -> Path:
         compiler = os.environ.get("CXX", "g++").split()
         flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
         # The sanitizer makes gcc 12 warn of code in pybind11 that is never reached.
-        flags += [*ADDRESS_SANITIZER, "-O1"] if sanitized else ["-O2", "-Werror"]
+        flags += [*SANITIZERS, "-O1"] if sanitized else ["-O2", "-Werror"]
         includes = [f"-I{sysconfig.get_path('include')}", "-isystem", pybind11.get_include(), f"-I{SOURCES}"]
         jobs = [
             (source, f"{source.stem}-{math}.o", [f"-DFCL_MATH={math}", "-x", "c++"])
@@ -66,7 +66,7 @@ def build(sanitized: bool = False) -> Path:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
-        run([*compiler, *(ADDRESS_SANITIZER if sanitized else []), "-shared", *objects, "-o", str(target)])
+        run([*compiler, *(SANITIZERS if sanitized else []), "-shared", *objects, "-o", str(target)])
     return target
 
 

@@ -135,3 +135,29 @@ def test_nvcc_compiles_every_kernel(source: Path, math: str, tmp_path: Path) -> 
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert len(spills) >= len(used)
     assert all(numbers == ("0", "0", "0") for numbers in spills), result.stderr
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES.glob("*_kernels.cu")), ids=lambda path: path.stem)
+def test_reads_see_what_other_blocks_wrote(source: Path, tmp_path: Path) -> None:
+    """Blocks exchange states within a launch. Of L1 a barrier's acquire gets rid, but not of what went through the
+    read-only path; asynchronous copies pass L1 by, and nothing moves across the barriers that the compiler sees."""
+    compiler = nvcc()
+    if compiler is None:
+        pytest.skip("nvcc was not found")
+    ptx = tmp_path / "kernels.ptx"
+    command = [
+        compiler, "-std=c++17", "-O3", "-DFCL_MATH=MathFloat", "-gencode=arch=compute_90,code=compute_90", "-ptx",
+        str(source), "-o", str(ptx),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    instructions = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\w*(?:\.[\w:]+)+)", ptx.read_text(), re.MULTILINE))
+    reads = {name for name in instructions if name.startswith(("ld.", "ldu.", "cp.")) and "global" in name}
+    assert any(name.startswith("ld.global") for name in reads)
+    assert not {name for name in reads if name.startswith("ldu.") or ".nc" in name}
+    assert {name for name in reads if name.startswith("cp.")} == {"cp.async.cg.shared.global"}
+    assert {
+        "barrier.cluster.arrive.release.aligned",
+        "barrier.cluster.wait.acquire.aligned",
+        "ld.acquire.gpu.global.u32",
+    } <= instructions

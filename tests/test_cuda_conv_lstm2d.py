@@ -13,6 +13,7 @@ from kernel_checks import check_against_reference, check_repeatable
 from fused_convlstm import functional as FC
 from fused_convlstm.backends import BackendError
 from fused_convlstm.backends.cuda import conv_lstm2d
+from fused_convlstm.backends.cuda.parameters import gather, round_to_tf32
 
 DEFAULT = Case()
 
@@ -195,6 +196,42 @@ def test_unaligned_tensors() -> None:
         plain, actual = run(case, tensors, backend), run(case, moved, backend)
     for name, value in actual.items():
         torch.testing.assert_close(value, plain[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("cell", ["conv_lstm2d", "pooled_gate_conv_lstm2d"])
+def test_nan_goes_through(cell: str, name: str) -> None:
+    case = replace(DEFAULT, cell=cell, steps=2, size=(9, 9), state=False)
+    tensors = make_tensors(case).to(FORMATS[name])
+    tensors.input[0, 0, 0, 0, 0] = float("nan")
+    with number_format(name) as backend:
+        output = run(case, tensors, backend, training=False)["output"]
+    expected = run(case, tensors, "reference", training=False)["output"]
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert output.isnan().any()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_extreme_inputs_saturate(name: str) -> None:
+    """Where exp would overflow, gates are 0 or 1 and nothing is NaN."""
+    tensors = make_tensors(replace(DEFAULT, steps=4)).to(FORMATS[name])
+    tensors = replace(tensors, input=tensors.input * 1e3)
+    with number_format(name) as backend:
+        actual = run(DEFAULT, tensors, backend, training=False)
+    expected = run(DEFAULT, tensors, "reference", training=False)
+    for key, value in actual.items():
+        torch.testing.assert_close(value, expected[key], rtol=0.02, atol=0.02, msg=key)
+
+
+def test_weights_in_tf32_stay_nan() -> None:
+    weight = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)  # a GPU's, a CPU's
+    assert round_to_tf32(weight).isnan().all()
+
+
+def test_step_zero_may_lie_below_address_zero() -> None:
+    frames, first = torch.zeros(2, 1, 1, 1, 8), 2**58
+    block = gather(load(), frames, (1, 1), (0, 0), (1, 1), (1, 1), first)
+    assert (block.frames + first * block.step_stride) % 2**64 == frames.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ template <class Math> FCL_DEVICE float tanh_of(float x) {
   if constexpr (Math::exact) {
     return tanhf(x);
   } else { // absolute error below 1e-6, far below the rounding of what is stored
-    return fast_divide(2.0f, 1.0f + fast_exp(-2.0f * fminf(fmaxf(x, -15.0f), 15.0f))) - 1.0f;
+    // exp may become infinite: fast_divide by it, and by what comes close to it, is 0. NaN stays NaN.
+    return fast_divide(2.0f, 1.0f + fast_exp(-2.0f * x)) - 1.0f;
   }
 }
 
@@ -68,7 +69,7 @@ template <class Math> FCL_DEVICE float gate_of(float z, int activation) {
     if constexpr (Math::exact) {
       return 1.0f / (1.0f + expf(-z));
     } else {
-      return fast_divide(1.0f, 1.0f + fast_exp(-fmaxf(z, -80.0f)));
+      return fast_divide(1.0f, 1.0f + fast_exp(-z));
     }
   }
   const float a = activation == HARD_SIGMOID ? (z + 3.0f) / 6.0f : 0.2f * z + 0.5f;

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..base import Backend
 from ..call import Call
 from . import conv_lstm2d, measured, pooled_gate
-from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels
+from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels, chunk_elements, padded
 
 MINIMUM_CAPABILITY = (8, 0)
-FRAME_BYTES = 2**31  # offsets within a frame, and the number of a pixel in a launch, are 32-bit
-ROWS = 2**31
+FRAME_BYTES = 2**30  # offsets within a frame, and the number of a pixel in a launch, are 32-bit
+ROWS = 2**30
 
 
 class CudaBackend(Backend):
@@ -55,9 +55,13 @@ class CudaBackend(Backend):
         if call.peephole == "pixel":
             return "peephole per pixel: none and per channel are served"
         pixels = call.state_size[0] * call.state_size[1]
-        frame = max(call.input_size[0] * call.input_size[1] * call.in_channels, pixels * 4 * call.hidden_channels)
-        if frame * call.dtype.itemsize >= FRAME_BYTES // 2 or call.steps * call.batch * pixels >= ROWS:
-            return "a frame of 1 GiB or more, or a sequence of 2^31 pixels or more"
+        elements = chunk_elements(call.dtype)
+        frame = max(
+            call.input_size[0] * call.input_size[1] * padded(call.in_channels, elements),
+            pixels * padded(4 * call.hidden_channels, elements),
+        )
+        if frame * call.dtype.itemsize >= FRAME_BYTES or call.steps * call.batch * pixels >= ROWS:
+            return "a frame of 1 GiB or more, or a sequence of 2^30 pixels or more"
         if self.unavailable() is not None:
             return None  # what the kernels serve can be asked where they cannot run
         return self._refuse_device(call.device) or self._refuse_shared_memory(call)

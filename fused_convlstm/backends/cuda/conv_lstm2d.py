@@ -29,7 +29,6 @@ from .parameters import (
     address,
     chunk_elements,
     contiguous_nhwc,
-    dense_images,
     gates_innermost,
     gates_outermost,
     in_chunks,
@@ -40,6 +39,7 @@ from .parameters import (
     padded,
     recurrent_gather,
     transposed_gather,
+    with_dense_images,
 )
 from .sequence import SequenceProblem
 
@@ -250,9 +250,7 @@ class BackwardPass:
             gates = self.recomputed_gates(begin, end) if self.recompute else self.gates[begin:end]
             block.gates, block.gates_first = address(gates), begin
             if grad_output is not None:
-                part = nhwc(grad_output[begin:end])
-                if not dense_images(part):
-                    part = part.contiguous()
+                part = with_dense_images(grad_output[begin:end])
                 block.grad_output, block.grad_output_first = address(part), begin
                 block.grad_output_step_stride, block.grad_output_image_stride = part.stride(0), part.stride(1)
             module.conv_lstm_backward(p.kernels.number, block, begin, count)

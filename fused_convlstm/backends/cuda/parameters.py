@@ -77,6 +77,12 @@ def contiguous_nhwc(tensor: Tensor) -> Tensor:  # (..., C, H, W) -> (..., H, W, 
     return view if view.data_ptr() % CHUNK_BYTES == 0 else view.clone()
 
 
+def with_dense_images(frames: Tensor) -> Tensor:  # (T, B, C, H, W) -> (T, B, H, W, C)
+    """Each image contiguous and aligned to a chunk; copied only if it has to be."""
+    view = nhwc(frames)
+    return view if dense_images(view) else contiguous_nhwc(frames)
+
+
 def gather(
     module: Any,
     frames: Tensor,  # (T, B, H, W, whole chunks)
@@ -90,8 +96,8 @@ def gather(
     g = module.Gather()
     size = frames.element_size()
     g.step_stride, g.image_stride = frames.stride(0) * size, frames.stride(1) * size
-    # Steps count from 0 in the kernels. The address of a step that is not there is never used.
-    g.frames = frames.data_ptr() - first_step * g.step_stride
+    # Steps count from 0 in the kernels. The address of a step that is not there is never used, and may lie below 0.
+    g.frames = (frames.data_ptr() - first_step * g.step_stride) % 2**64
     g.height, g.width, g.chunks = frames.size(2), frames.size(3), frames.size(4) * size // CHUNK_BYTES
     g.kernel_h, g.kernel_w = kernel_size
     g.pad_top, g.pad_left = padding
@@ -172,7 +178,8 @@ def pack_depthwise(weight: Tensor) -> Tensor:  # (C, 1, kh, kw) -> (taps, whole 
 
 def round_to_tf32(weight: Tensor) -> Tensor:
     """float32 weights rounded to the 10-bit mantissa of tf32, ties away from zero like the hardware's conversion."""
-    return ((weight.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    rounded = ((weight.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(weight.isnan(), weight, rounded)  # a GPU's NaN has all bits set: the sum would be -0
 
 
 def packed(pack: Any, weights: tuple[Tensor, ...], number: int) -> Tensor:

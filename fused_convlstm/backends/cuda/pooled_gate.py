@@ -28,12 +28,12 @@ from .parameters import (
     address,
     chunk_elements,
     contiguous_nhwc,
-    dense_images,
     pack_depthwise,
     pack_pointwise,
     padded,
     recurrent_gather,
     transposed_gather,
+    with_dense_images,
 )
 from .sequence import SequenceProblem
 
@@ -273,9 +273,7 @@ class BackwardPass:
         block.sink = 0 if p.tables is None else address(p.tables.sink)
         block.candidate, block.gates, block.cells = address(candidate), address(gates), address(cells)
         if grad_output is not None:
-            output_part = nhwc(grad_output)
-            if not dense_images(output_part):
-                output_part = output_part.contiguous()
+            output_part = with_dense_images(grad_output)
             block.grad_output = address(output_part)
             block.grad_output_step_stride, block.grad_output_image_stride = output_part.stride()[:2]
         block.grad_h_n, block.grad_c, block.grad_h_0 = address(last_grad), address(grad_c), address(grad_h_0)
