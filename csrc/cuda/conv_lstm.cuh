@@ -579,7 +579,7 @@ bool plan_sequence(const char *name, void (*kernel)(Params), Params &p, int weig
   l.grid_x = static_cast<unsigned>(groups * g.blocks);
   l.grid_y = 1;
   l.stream = stream_from_handle(p.s.stream);
-  if (facts.compute_capability >= 90 && g.blocks <= CLUSTER_BLOCKS) {
+  if (g.blocks <= CLUSTER_BLOCKS && has_clusters(name, kernel, facts)) {
     l.cluster = static_cast<unsigned>(g.blocks);
     g.counters = nullptr;
     return true;

@@ -105,6 +105,9 @@ void bind_pooled_gate_parameters(py::module_ &m) {
   }
 }
 
+// A launch waits while the stream's queue is full; other Python threads go on.
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
 void bind_pooled_gate(py::module_ &m) {
   m.attr("group_blocks") = GROUP_BLOCKS;
   m.def(
@@ -112,13 +115,13 @@ void bind_pooled_gate(py::module_ &m) {
       [](int number, const PooledGateForward &p) {
         dispatch<PooledGateLaunchers>(number, [&](auto l) { l.forward(p); });
       },
-      "Runs the whole sequence in one launch.");
+      WithoutGil(), "Runs the whole sequence in one launch.");
   m.def(
       "pooled_gate_backward",
       [](int number, const PooledGateBackward &p) {
         dispatch<PooledGateLaunchers>(number, [&](auto l) { l.backward(p); });
       },
-      "Runs the backward of the whole sequence in one launch.");
+      WithoutGil(), "Runs the backward of the whole sequence in one launch.");
   m.def(
       "pooled_gate_shared_bytes",
       [](int number, int channels) {
@@ -135,23 +138,24 @@ void bind_conv_lstm(py::module_ &m) {
   m.def(
       "conv_lstm_forward",
       [](int number, const ConvLSTMForward &p) { dispatch<ConvLSTMLaunchers>(number, [&](auto l) { l.forward(p); }); },
-      "Runs the whole sequence.");
+      WithoutGil(), "Runs the whole sequence.");
   m.def(
       "conv_lstm_gates",
       [](int number, const ConvLSTMForward &p, int first_step, int step_count) {
         dispatch<ConvLSTMLaunchers>(number, [&](auto l) { l.gates(p, first_step, step_count); });
       },
-      "Computes the gates of these steps at once, from the h and c of all steps.");
+      WithoutGil(), "Computes the gates of these steps at once, from the h and c of all steps.");
   m.def(
       "conv_lstm_backward",
       [](int number, const ConvLSTMBackward &p, int first_step, int step_count) {
         dispatch<ConvLSTMLaunchers>(number, [&](auto l) { l.backward(p, first_step, step_count); });
       },
+      WithoutGil(),
       "Runs the backward of steps [first_step, first_step + step_count), against the order of the sequence.");
   m.def(
       "conv_lstm_backward_initial",
       [](int number, const ConvLSTMBackward &p) { dispatch<ConvLSTMLaunchers>(number, [&](auto l) { l.initial(p); }); },
-      "Computes the gradient of h_0.");
+      WithoutGil(), "Computes the gradient of h_0.");
 }
 
 } // namespace

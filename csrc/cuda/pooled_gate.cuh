@@ -673,7 +673,7 @@ template <class Params> void launch_pooled_gate(const char *name, void (*kernel)
   const DeviceFacts facts = device_facts(p.s.device, name);
   const PooledGateShared layout(p.hidden.chunks, elements, 1);
   const int tiles = (p.s.height * p.s.width + PooledTile::rows - 1) / PooledTile::rows;
-  const bool clusters = facts.compute_capability >= 90;
+  const bool clusters = has_clusters(name, kernel, facts);
   const int resident = resident_blocks(name, kernel, PooledTile::threads, static_cast<size_t>(layout.bytes), facts);
   if (resident < 1) {
     throw std::runtime_error(std::string(name) + ": a block does not fit the device");

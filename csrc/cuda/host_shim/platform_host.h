@@ -258,6 +258,10 @@ template <class Params> int resident_blocks(const char *, void (*)(Params), unsi
   return host::settings().resident_blocks;
 }
 
+template <class Params> bool has_clusters(const char *, void (*)(Params), const DeviceFacts &facts) {
+  return facts.compute_capability >= 90;
+}
+
 template <class Params> void launch(const Launch &l, void (*kernel)(Params), Params params) {
   if (l.grid_x == 0 || l.grid_y == 0 || l.grid_y > 65535) {
     throw std::runtime_error(std::string(l.name) + ": launch failed: invalid grid");
