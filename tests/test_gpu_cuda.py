@@ -31,7 +31,9 @@ def served(case: Case) -> bool:
 
 CASES = [case for cell in CELLS for case in ordinary(cell) if served(case)]
 # Sizes of real layers, and one that fills more than a device at a time: size, channels, batch.
-SIZES = [((24, 24), 64, 8), ((12, 12), 128, 8), ((6, 6), 256, 8), ((3, 3), 256, 32), ((28, 28), 256, 16)]
+SIZES = [
+    ((24, 24), 64, 8), ((12, 12), 128, 8), ((8, 8), 128, 8), ((6, 6), 256, 8), ((3, 3), 256, 32), ((28, 28), 256, 16),
+]  # fmt: skip
 LARGE = [
     Case(cell, 4, batch, channels, channels, size, layout="channels_last")
     for cell in CELLS
