@@ -16,6 +16,8 @@ namespace {
 
 template <class T> class Backward {
   using A = Accumulator<T>;
+  using N = Product<T>;
+  using Elem = typename N::Elem;
   static constexpr int64_t kLane = kLanes<A>;
   static constexpr int64_t kBlockChunk = kBlockSize * kChunk;
 
@@ -23,24 +25,25 @@ public:
   explicit Backward(const PooledGateBackward &call)
       : call_(call), p_(call.problem), x_(p_.input, p_.padding), h_(p_.recurrent, p_.padding),
         x_blocks_(p_.input.height, p_.input.width, kTransferSize),
-        blocks_(p_.input.out_height, p_.input.out_width, kComputeSize), width_(h_.vectors),
+        blocks_(p_.input.out_height, p_.input.out_width, kComputeSize),
+        out_blocks_(blocks_.height, blocks_.width, kTransferSize), width_(h_.vectors),
         state_{width_, blocks_.height, blocks_.width, 0, 0}, saved_{h_.s.channels, blocks_.height, blocks_.width, 0, 0},
         x_chunks_(parts(x_.s.channels, kChunk)), h_chunks_(parts(h_.s.channels, kChunk)),
         needs_y_(!call.candidate || call.grad_pointwise_ih || call.grad_pointwise_hh),
         needs_x_(call.grad_x.data || call.grad_depthwise_ih) {
     const int64_t channels = h_.s.channels;
-    candidate_ = {channels, x_.s.channels + channels, nullptr};
-    point_x_ = {x_.s.channels, channels, nullptr};
-    point_h_ = {channels, channels, nullptr};
-    gates_x_ = {x_.s.channels, 3 * channels, nullptr};
-    gates_h_ = {channels, 3 * channels, nullptr};
+    candidate_ = {channels, {x_.s.channels, channels}, nullptr};
+    point_x_ = {x_.s.channels, {channels, 0}, nullptr};
+    point_h_ = {channels, {channels, 0}, nullptr};
+    gates_x_ = {x_.s.channels, {3 * channels, 0}, nullptr};
+    gates_h_ = {channels, {3 * channels, 0}, nullptr};
   }
 
   void run(int threads) {
     const int64_t bytes =
-        (2 * x_.image.size() + 2 * h_.image.size() + x_.spread.size() + h_.spread.size() + 3 * state_.size()) *
-        int64_t(sizeof(A));
-    const Plan plan(p_.batch, threads, bytes, 3 * h_.s.channels * candidate_.depth * int64_t(sizeof(A)));
+        (x_.image.size() + h_.image.size() + x_.spread.size() + h_.spread.size() + state_.size()) * int64_t(sizeof(T)) +
+        (x_.image.size() + h_.image.size() + 2 * state_.size()) * int64_t(sizeof(A));
+    const Plan plan(p_.batch, threads, bytes, 3 * h_.s.channels * candidate_.terms() * int64_t(sizeof(Elem)));
     group_ = plan.group;
     Carver count;
     carve(count, threads, plan.teams);
@@ -68,23 +71,23 @@ private:
   // Shared by a team; group_ of each.
   struct TeamMemory {
     char *begin, *end;
-    A *x, *h;               // images of the frame and of the state before the step
+    T *x, *h;               // images of the frame and of the state before the step
     A *grad_x, *grad_h;     // images
-    A *spread_x, *spread_h; // gradients of what the depthwise convolutions return
-    A *grad_output;         // of the step, as `state_`
+    T *spread_x, *spread_h; // gradients of what the depthwise convolutions return
+    T *grad_output;         // of the step, as `state_`
     A *grad_c, *c_0;        // as `state_`
     A *x_sums, *h_sums;     // (blocks, channels)
     A *gate_sums;           // (blocks, 3, width): gradients of the gates' values
     A *start_x, *start_h;   // (channels): the gradient that reaches every pixel through the pooling
   };
   struct ThreadMemory {
-    A *y;     // (chunks, kBlockSize, kChunk): both depthwise convolutions
-    A *dz;    // (chunks of the state, kBlockSize, kChunk): gradient of the candidate before its activation
-    A *z;     // (kBlockSize, panel)
-    A *gates; // (chunks of 3 * C, kGroup, kChunk): gradients of the gates before the activation
-    A *pooled;
-    char *begin, *end; // of the sums over samples and steps
-    A *point;          // (chunks of the state, chunks, kChunk, kChunk)
+    Elem *y;  // (chunks, kBlockSize, kChunk): both depthwise convolutions
+    Elem *dz; // (chunks of the state, kBlockSize, kChunk): gradient of the candidate before its activation
+    Elem *y_groups, *dz_groups; // the same with the pixels of a group side by side, see group_pixels()
+    A *z;                       // (kBlockSize, panel)
+    Elem *gates;                // (chunks of 3 * C, kGroup, kChunk): gradients of the gates before the activation
+    char *begin, *end;          // of the sums over samples and steps
+    A *point;                   // (chunks of the state, chunks, kChunk, kChunk)
     A *depth_x, *depth_h;
     A *bias;
   };
@@ -92,7 +95,7 @@ private:
   void carve(Carver &carver, int threads, int teams) {
     x_.carve(carver);
     h_.carve(carver);
-    for (Packed<A> *packed : {&candidate_, &point_x_, &point_h_, &gates_x_, &gates_h_})
+    for (Packed<N> *packed : {&candidate_, &point_x_, &point_h_, &gates_x_, &gates_h_})
       packed->carve(carver);
     bias_ = carver.take<A>(width_);
     team_memory_ = carver.take<TeamMemory>(teams);
@@ -100,17 +103,17 @@ private:
     for (int k = 0; k < teams; ++k) {
       TeamMemory m;
       const int64_t begin = carver.used;
-      m.x = carver.take<A>(group_ * x_.image.size());
-      m.h = carver.take<A>(group_ * h_.image.size());
+      m.x = carver.take<T>(group_ * x_.image.size());
+      m.h = carver.take<T>(group_ * h_.image.size());
       m.grad_x = carver.take<A>(group_ * x_.image.size());
       m.grad_h = carver.take<A>(group_ * h_.image.size());
-      m.spread_x = carver.take<A>(group_ * x_.spread.size());
-      m.spread_h = carver.take<A>(group_ * h_.spread.size());
-      m.grad_output = carver.take<A>(group_ * state_.size());
+      m.spread_x = carver.take<T>(group_ * x_.spread.size());
+      m.spread_h = carver.take<T>(group_ * h_.spread.size());
+      m.grad_output = carver.take<T>(group_ * state_.size());
       m.grad_c = carver.take<A>(group_ * state_.size());
       m.c_0 = carver.take<A>(group_ * state_.size());
       m.x_sums = carver.take<A>(group_ * x_blocks_.count * x_.vectors);
-      m.h_sums = carver.take<A>(group_ * blocks_.count * width_);
+      m.h_sums = carver.take<A>(group_ * out_blocks_.count * width_);
       m.gate_sums = carver.take<A>(group_ * blocks_.count * 3 * width_);
       m.start_x = carver.take<A>(group_ * x_.vectors);
       m.start_h = carver.take<A>(group_ * width_);
@@ -121,11 +124,12 @@ private:
     }
     for (int k = 0; k < threads; ++k) {
       ThreadMemory m;
-      m.y = carver.take<A>((x_chunks_ + h_chunks_) * kBlockChunk);
-      m.dz = carver.take<A>(h_chunks_ * kBlockChunk);
-      m.z = carver.take<A>(kBlockSize * Packed<A>::kPanel);
-      m.gates = carver.take<A>(parts(3 * h_.s.channels, kChunk) * kGroup * kChunk);
-      m.pooled = carver.take<A>((x_chunks_ + h_chunks_) * kGroup * kChunk);
+      m.y = carver.take<Elem>((x_chunks_ + h_chunks_) * kBlockChunk);
+      m.dz = carver.take<Elem>(h_chunks_ * kBlockChunk);
+      m.y_groups = N::kGroup == 1 ? m.y : carver.take<Elem>((x_chunks_ + h_chunks_) * kBlockChunk);
+      m.dz_groups = N::kGroup == 1 ? m.dz : carver.take<Elem>(h_chunks_ * kBlockChunk);
+      m.z = carver.take<A>(kBlockSize * Packed<N>::kPanel);
+      m.gates = carver.take<Elem>(parts(3 * h_.s.channels, kChunk) * kGroup * kChunk);
       const int64_t begin = carver.used;
       m.point = carver.take<A>(h_chunks_ * (x_chunks_ + h_chunks_) * kChunk * kChunk);
       m.depth_x = carver.take<A>(x_.taps * x_.vectors);
@@ -144,15 +148,15 @@ private:
     const T *gate_ih = static_cast<const T *>(p_.gate_weight_ih), *gate_hh = static_cast<const T *>(p_.gate_weight_hh);
     Range share = part_of(candidate_.panels(), thread, threads);
     for (int64_t k = share.begin; k < share.end; ++k) {
-      candidate_.fill(k, 0, in_channels, point_ih, in_channels, 1);
-      candidate_.fill(k, in_channels, channels, point_hh, channels, 1);
-      point_h_.fill(k, 0, channels, point_hh, 1, channels);
-      gates_h_.fill(k, 0, 3 * channels, gate_hh, 1, channels);
+      candidate_.fill(k, false, point_ih, in_channels, 1);
+      candidate_.fill(k, true, point_hh, channels, 1);
+      point_h_.fill(k, false, point_hh, 1, channels);
+      gates_h_.fill(k, false, gate_hh, 1, channels);
     }
     share = part_of(point_x_.panels(), thread, threads);
     for (int64_t k = share.begin; k < share.end; ++k) {
-      point_x_.fill(k, 0, channels, point_ih, 1, in_channels);
-      gates_x_.fill(k, 0, 3 * channels, gate_ih, 1, in_channels);
+      point_x_.fill(k, false, point_ih, 1, in_channels);
+      gates_x_.fill(k, false, gate_ih, 1, in_channels);
     }
     if (thread == 0) {
       x_.prepare(static_cast<const T *>(p_.depthwise_ih));
@@ -209,8 +213,8 @@ private:
     load_or_zero<A>(p_.c_0, first + b, block, m.c_0 + b * state_.size(), state_);
   }
 
-  template <class From>
-  void load_or_zero(const Frames &frames, int64_t sample, const Block &block, A *to, const Image &image) const {
+  template <class From, class I>
+  void load_or_zero(const Frames &frames, int64_t sample, const Block &block, I *to, const Image &image) const {
     if (frames.data)
       load_block<From>(frames, 0, sample, h_.s.channels, block, to, image);
     else
@@ -219,7 +223,7 @@ private:
 
   void step(const Team &team, const TeamMemory &m, const ThreadMemory &scratch, const Sample *now, int64_t samples) {
     for_blocks(team, now, samples, x_blocks_, [&](int64_t b, int64_t k) { load_input(m, now[b], b, k); });
-    for_blocks(team, now, samples, blocks_, [&](int64_t b, int64_t k) { load_state(m, now[b], b, k); });
+    for_blocks(team, now, samples, out_blocks_, [&](int64_t b, int64_t k) { load_state(m, now[b], b, k); });
     team.wait();
     if (x_.folds() || h_.folds()) {
       for (int64_t b = team.rank; b < samples; b += team.size) {
@@ -263,21 +267,24 @@ private:
   }
 
   void load_input(const TeamMemory &m, const Sample &now, int64_t b, int64_t index) const {
-    A *x = m.x + b * x_.image.size();
+    T *x = m.x + b * x_.image.size();
     load_block<T>(p_.x, now.step, now.sample, x_.s.channels, x_blocks_[index], x, x_.image);
     sum_block(x, x_.image, x_blocks_[index], m.x_sums + (b * x_blocks_.count + index) * x_.vectors);
   }
 
   void load_state(const TeamMemory &m, const Sample &now, int64_t b, int64_t index) const {
-    A *h = m.h + b * h_.image.size();
-    const Block block = blocks_[index];
+    T *h = m.h + b * h_.image.size();
+    const Block block = out_blocks_[index];
     if (now.reset)
       zero_block(h, h_.image, block);
     else if (now.before >= 0)
       load_block<T>(call_.output, now.before, now.sample, h_.s.channels, block, h, h_.image);
     else
       load_or_zero<T>(p_.h_0, now.sample, block, h, h_.image);
-    sum_block(h, h_.image, block, m.h_sums + (b * blocks_.count + index) * width_);
+    sum_block(h, h_.image, block, m.h_sums + (b * out_blocks_.count + index) * width_);
+    if (call_.grad_output.data)
+      load_block<T>(call_.grad_output, now.step, now.sample, h_.s.channels, block, m.grad_output + b * state_.size(),
+                    state_);
   }
 
   void compute_block(const TeamMemory &m, const ThreadMemory &scratch, const Sample &now, int64_t b,
@@ -288,32 +295,46 @@ private:
       x_.convolve_block(m.x + b * x_.image.size(), block, scratch.y);
       h_.convolve_block(m.h + b * h_.image.size(), block, scratch.y + x_chunks_ * kBlockChunk);
     }
-    if (call_.grad_output.data)
-      load_block<T>(call_.grad_output, now.step, now.sample, h_.s.channels, block, m.grad_output + b * state_.size(),
-                    state_);
     for (int64_t panel = 0; panel < candidate_.panels(); ++panel) {
       const int64_t vectors = candidate_.vectors(panel);
       if (!call_.candidate)
-        multiply<A, kChunk, 1>(pixels, vectors, {x_.s.channels, h_.s.channels}, scratch.y, kBlockChunk,
-                               candidate_.panel(panel), vectors * kLane, scratch.z, Packed<A>::kPanel, false);
+        candidate_.multiply(panel, pixels, scratch.y, kBlockChunk, scratch.z);
       for (int64_t v = 0; v < vectors; ++v)
-        differentiate_cell(m, scratch, scratch.z + v * kLane, panel * Packed<A>::kPanel + v * kLane, now, b, block,
+        differentiate_cell(m, scratch, scratch.z + v * kLane, panel * Packed<N>::kPanel + v * kLane, now, b, block,
                            index);
     }
     if (needs_x_)
       spread_gradient(x_, point_x_, scratch, block, m.spread_x + b * x_.spread.size());
     spread_gradient(h_, point_h_, scratch, block, m.spread_h + b * h_.spread.size());
+    if (needs_y_)
+      group_pixels(x_chunks_ + h_chunks_, pixels, scratch.y, scratch.y_groups);
+    group_pixels(h_chunks_, pixels, scratch.dz, scratch.dz_groups);
     for (int64_t out = 0; out < h_chunks_; ++out) {
       for (int64_t in = 0; in < x_chunks_ + h_chunks_; ++in) {
         const bool from_x = in < x_chunks_;
         if (!(from_x ? call_.grad_pointwise_ih : call_.grad_pointwise_hh))
           continue;
         const int64_t width = from_x ? x_.image.pixel(in * kChunk) : h_.image.pixel((in - x_chunks_) * kChunk);
-        for (int64_t k = 0; k < width; k += Packed<A>::kPanel) {
-          multiply<A, 1, kChunk>(
+        for (int64_t k = 0; k < width; k += Packed<N>::kPanel) {
+          multiply<N, N::kGroup, kChunk * N::kGroup>(
               smaller(kChunk, h_.s.channels - out * kChunk), smaller(kTileVectors, (width - k) / kLane), {pixels, 0},
-              scratch.dz + out * kBlockChunk, kChunk * kChunk, scratch.y + in * kBlockChunk + k, kChunk,
+              scratch.dz_groups + out * kBlockChunk, kChunk * kChunk,
+              scratch.y_groups + in * kBlockChunk + k * N::kGroup, kChunk * N::kGroup,
               scratch.point + (out * (x_chunks_ + h_chunks_) + in) * kChunk * kChunk + k, kChunk, true);
+        }
+      }
+    }
+  }
+
+  // Chunks (pixels, kChunk) as (groups of pixels, kChunk, pixels of a group), for products that sum over pixels.
+  static void group_pixels(int64_t chunks, int64_t pixels, const Elem *from, Elem *to) {
+    if constexpr (N::kGroup == 2) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (int64_t p = 0; p < pixels; p += 2) {
+          const Elem *row = from + chunk * kBlockChunk + p * kChunk;
+          A *pairs = reinterpret_cast<A *>(to + chunk * kBlockChunk + p * kChunk);
+          for (int64_t c = 0; c < kChunk; c += kLane)
+            store(pairs + c, load_pairs(row + c, p + 1 < pixels ? row + kChunk + c : nullptr, kLane));
         }
       }
     }
@@ -331,7 +352,7 @@ private:
     const int64_t pixel = state_.pixel(c), saved_pixel = saved_.pixel(c), h_pixel = h_.image.pixel(c);
     const int64_t frame = (now.step * p_.batch + now.sample) * saved_.size();
     const int64_t frame_before = (now.before * p_.batch + now.sample) * saved_.size();
-    A *dz = scratch.dz + c / kChunk * kBlockChunk + c % kChunk;
+    Elem *dz = scratch.dz + c / kChunk * kBlockChunk + c % kChunk;
     Vec<A> sum_i{}, sum_f{}, sum_o{}, sum_z{};
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t y = block.row + row, at = b * state_.size() + state_.at(c, y, block.column),
@@ -341,15 +362,16 @@ private:
       const T *candidate = call_.candidate ? static_cast<const T *>(call_.candidate) + frame + saved : nullptr;
       const A *dh_state = m.grad_h + b * h_.image.size() + h_.image.at(c, y, block.column);
       A *dc_state = m.grad_c + at;
-      for (int64_t x = 0; x < block.columns; ++x, z += Packed<A>::kPanel, dz += kChunk) {
+      for (int64_t x = 0; x < block.columns; ++x, z += Packed<N>::kPanel, dz += kChunk) {
         Vec<A> dh = load(dh_state + x * h_pixel);
         if (call_.grad_output.data)
-          dh += load(m.grad_output + at + x * pixel);
-        const Vec<A> g = candidate ? load_first_as<A>(candidate + x * saved_pixel, count) : tanh<A>(load(z) + bias);
+          dh += load_as<A>(m.grad_output + at + x * pixel);
+        const Vec<A> g =
+            candidate ? load_first_as<A>(candidate + x * saved_pixel, count) : CellFunctions<N>::tanh(load(z) + bias);
         const Vec<A> c_before = now.reset     ? Vec<A>{}
                                 : cell_before ? load_first(cell_before + x * saved_pixel, count)
                                               : load(m.c_0 + at + x * pixel);
-        const Vec<A> tanh_c = tanh<A>(load_first(cell + x * saved_pixel, count));
+        const Vec<A> tanh_c = CellFunctions<N>::tanh(load_first(cell + x * saved_pixel, count));
         const Vec<A> dc = fma(dh * o, A(1) - tanh_c * tanh_c, load(dc_state + x * pixel));
         const Vec<A> dz_now = dc * i * (A(1) - g * g);
         sum_i = fma(dc, g, sum_i);
@@ -357,7 +379,7 @@ private:
         sum_o = fma(dh, tanh_c, sum_o);
         sum_z += dz_now;
         store(dc_state + x * pixel, dc * f);
-        store(dz, dz_now);
+        store_as<A>(dz, dz_now);
       }
     }
     A *sums = m.gate_sums + (b * blocks_.count + index) * 3 * width_ + c;
@@ -368,19 +390,18 @@ private:
   }
 
   // The gradient of a depthwise convolution's output, at its place in the spread image.
-  void spread_gradient(const Depthwise<A> &conv, const Packed<A> &point, const ThreadMemory &scratch,
-                       const Block &block, A *spread) const {
+  void spread_gradient(const Depthwise<A> &conv, const Packed<N> &point, const ThreadMemory &scratch,
+                       const Block &block, T *spread) const {
     for (int64_t panel = 0; panel < point.panels(); ++panel) {
       const int64_t vectors = point.vectors(panel);
-      multiply<A, kChunk, 1>(block.pixels(), vectors, {h_.s.channels, 0}, scratch.dz, kBlockChunk, point.panel(panel),
-                             vectors * kLane, scratch.z, Packed<A>::kPanel, false);
+      point.multiply(panel, block.pixels(), scratch.dz, kBlockChunk, scratch.z);
       for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t c = panel * Packed<A>::kPanel + v * kLane, stride = conv.s.stride_w * conv.spread.pixel(c);
+        const int64_t c = panel * Packed<N>::kPanel + v * kLane, stride = conv.s.stride_w * conv.spread.pixel(c);
         const A *z = scratch.z + v * kLane;
         for (int64_t y = 0; y < block.rows; ++y) {
-          A *to = spread + conv.spread.at(c, (block.row + y) * conv.s.stride_h, block.column * conv.s.stride_w);
-          for (int64_t x = 0; x < block.columns; ++x, z += Packed<A>::kPanel)
-            store(to + x * stride, load(z));
+          T *to = spread + conv.spread.at(c, (block.row + y) * conv.s.stride_h, block.column * conv.s.stride_w);
+          for (int64_t x = 0; x < block.columns; ++x, z += Packed<N>::kPanel)
+            store_as<A>(to + x * stride, load(z));
         }
       }
     }
@@ -406,16 +427,19 @@ private:
           sum *= gate_slope<A>(p_.activation, load_first(gates + gate * channels + c, count));
           for (int lane = 0; lane < count; ++lane) {
             const int64_t at = gate * channels + c + lane;
-            scratch.gates[at / kChunk * kGroup * kChunk + b * kChunk + at % kChunk] = sum[lane];
+            scratch.gates[at / kChunk * kGroup * kChunk + b * kChunk + at % kChunk] = convert<Elem>(A(sum[lane]));
           }
           if (writes)
             store_first(grad_gates + gate * channels + c, sum, count);
         }
       }
+      for (int64_t at = 3 * channels; at % N::kGroup; ++at)
+        scratch.gates[at / kChunk * kGroup * kChunk + b * kChunk + at % kChunk] = Elem{};
       if (writes) {
         pool(m.x_sums + b * x_blocks_.count * x_.vectors, x_blocks_, x_,
              static_cast<A *>(call_.pooled_x) + row * x_.s.channels);
-        pool(m.h_sums + b * blocks_.count * width_, blocks_, h_, static_cast<A *>(call_.pooled_h) + row * channels);
+        pool(m.h_sums + b * out_blocks_.count * width_, out_blocks_, h_,
+             static_cast<A *>(call_.pooled_h) + row * channels);
       }
     }
     const Range share = team.share(gates_x_.panels() + gates_h_.panels());
@@ -438,65 +462,86 @@ private:
     }
   }
 
-  void back_through_pooling(const Packed<A> &gates, int64_t panel, const Tiling &blocks, const Depthwise<A> &conv,
+  void back_through_pooling(const Packed<N> &gates, int64_t panel, const Tiling &blocks, const Depthwise<A> &conv,
                             const ThreadMemory &scratch, int64_t samples, A *start) const {
     const int64_t vectors = gates.vectors(panel);
-    multiply<A, kChunk, 1>(samples, vectors, {3 * h_.s.channels, 0}, scratch.gates, kGroup * kChunk, gates.panel(panel),
-                           vectors * kLane, scratch.z, Packed<A>::kPanel, false);
+    gates.multiply(panel, samples, scratch.gates, kGroup * kChunk, scratch.z);
     const A scale = A(1) / A(blocks.height * blocks.width);
     for (int64_t b = 0; b < samples; ++b) {
       for (int64_t v = 0; v < vectors; ++v)
-        store(start + b * conv.vectors + panel * Packed<A>::kPanel + v * kLane,
-              load(scratch.z + b * Packed<A>::kPanel + v * kLane) * scale);
+        store(start + b * conv.vectors + panel * Packed<N>::kPanel + v * kLane,
+              load(scratch.z + b * Packed<N>::kPanel + v * kLane) * scale);
     }
   }
 
   // sums (taps, channels) += what a block of outputs adds to the gradient of the depthwise weights.
-  static void sum_weights(const Depthwise<A> &conv, const A *image, const A *spread, const Block &block, A *sums) {
+  static void sum_weights(const Depthwise<A> &conv, const T *image, const T *spread, const Block &block, A *sums) {
+    const bool threes = conv.threes() && conv.s.stride_w == 1;
     for (int64_t c = 0; c < conv.vectors; c += kLane) {
       int64_t tap = 0;
-      for (; tap + 9 <= conv.taps; tap += 9)
-        sum_taps<9>(conv, image, spread, block, c, tap, sums);
+      for (; threes && tap + 9 <= conv.taps; tap += 9)
+        sum_taps<3, 3>(conv, image, spread, block, c, tap, sums);
+      for (; threes && tap + 3 <= conv.taps; tap += 3)
+        sum_taps<1, 3>(conv, image, spread, block, c, tap, sums);
       for (; tap + 3 <= conv.taps; tap += 3)
-        sum_taps<3>(conv, image, spread, block, c, tap, sums);
+        sum_taps<3, 1>(conv, image, spread, block, c, tap, sums);
       for (; tap < conv.taps; ++tap)
-        sum_taps<1>(conv, image, spread, block, c, tap, sums);
+        sum_taps<1, 1>(conv, image, spread, block, c, tap, sums);
     }
   }
 
-  template <int kTaps>
-  static FC_INLINE void sum_taps(const Depthwise<A> &conv, const A *image, const A *spread, const Block &block,
+  // kRows rows of kWidth taps; those of a row, if more than one, lie side by side, and outputs as near as they.
+  template <int kRows, int kWidth>
+  static FC_INLINE void sum_taps(const Depthwise<A> &conv, const T *image, const T *spread, const Block &block,
                                  int64_t c, int64_t tap, A *sums) {
     const int64_t pixel = conv.image.pixel(c), stride = conv.s.stride_w * pixel;
     A *to = sums + tap * conv.vectors + c;
-    Vec<A> sum[kTaps];
-    const A *x[kTaps];
-#pragma GCC unroll 9
-    for (int k = 0; k < kTaps; ++k)
-      sum[k] = load(to + k * conv.vectors);
+    Vec<A> sum[kRows][kWidth];
+#pragma GCC unroll 3
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int k = 0; k < kWidth; ++k)
+        sum[r][k] = load(to + (r * kWidth + k) * conv.vectors);
+    }
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t y = (block.row + row) * conv.s.stride_h, column = block.column * conv.s.stride_w;
-      const A *dy = spread + conv.spread.at(c, y, column);
-      const A *first = image + conv.image.at(c, y - conv.s.top, column - conv.s.left);
-#pragma GCC unroll 9
-      for (int k = 0; k < kTaps; ++k)
-        x[k] = first + conv.tap_offset[tap + k] * pixel;
+      const T *dy = spread + conv.spread.at(c, y, column);
+      const T *first = image + conv.image.at(c, y - conv.s.top, column - conv.s.left);
+      const T *x[kRows];
+      Vec<A> window[kRows][kWidth]; // pixels of the image, the newest last
+#pragma GCC unroll 3
+      for (int r = 0; r < kRows; ++r) {
+        x[r] = first + (conv.tap_offset[tap + r * kWidth] + kWidth - 1) * pixel;
+#pragma GCC unroll 3
+        for (int k = 0; k < kWidth - 1; ++k)
+          window[r][k + 1] = load_as<A>(x[r] + (k - kWidth + 1) * pixel);
+      }
       for (int64_t p = 0; p < block.columns; ++p) {
-        const Vec<A> d = load(dy + p * stride);
-#pragma GCC unroll 9
-        for (int k = 0; k < kTaps; ++k)
-          sum[k] = fma(d, load(x[k] + p * stride), sum[k]);
+        const Vec<A> d = load_as<A>(dy + p * stride);
+#pragma GCC unroll 3
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+          for (int k = 0; k < kWidth - 1; ++k)
+            window[r][k] = window[r][k + 1];
+          window[r][kWidth - 1] = load_as<A>(x[r] + p * stride);
+#pragma GCC unroll 3
+          for (int k = 0; k < kWidth; ++k)
+            sum[r][k] = fma(d, window[r][k], sum[r][k]);
+        }
       }
     }
-#pragma GCC unroll 9
-    for (int k = 0; k < kTaps; ++k)
-      store(to + k * conv.vectors, sum[k]);
+#pragma GCC unroll 3
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int k = 0; k < kWidth; ++k)
+        store(to + (r * kWidth + k) * conv.vectors, sum[r][k]);
+    }
   }
 
   // The gradient of the convolution's input. With padding that repeats pixels, that of the whole padded image, to be
   // folded when all of it is there; else of the pixels alone, and what comes through the pooling added.
   void convolve_back(const Team &team, const Sample *now, int64_t samples, const Depthwise<A> &conv,
-                     const Tiling &inside, const A *spread, const A *start, A *grad) const {
+                     const Tiling &inside, const T *spread, const A *start, A *grad) const {
     const bool folds = conv.folds();
     const Tiling blocks = folds ? Tiling(conv.image.height, conv.image.width, kTransferSize) : inside;
     for_blocks(team, now, samples, blocks, [&](int64_t b, int64_t k) {
@@ -508,11 +553,12 @@ private:
       for (int64_t c = 0; c < conv.vectors; c += kChunk) {
         const int64_t pixel = conv.image.pixel(c);
         // Element (0, 0) of the padded image stands at the beginning of both.
-        const A *from =
+        const T *from =
             spread + b * conv.spread.size() +
             conv.spread.at(c, block.row + conv.s.top - conv.spread.top, block.column + conv.s.left - conv.spread.left);
-        convolve<A>(block.rows, block.columns, pixel, from, pixel, conv.spread.row(c), pixel, conv.back_offset,
-                    conv.taps, conv.weights + c, conv.vectors, folds ? nullptr : start + b * conv.vectors + c,
+        convolve<A>(block.rows, block.columns, pixel, from, pixel, conv.spread.row(c), pixel,
+                    {conv.back_offset, conv.taps, conv.back_weights + c, conv.vectors, conv.threes()},
+                    folds ? nullptr : start + b * conv.vectors + c,
                     grad + b * conv.image.size() + conv.image.at(c, block.row, block.column), conv.image.row(c), pixel);
       }
     });
@@ -593,13 +639,13 @@ private:
   const PooledGateBackward &call_;
   const PooledGateProblem &p_;
   Depthwise<A> x_, h_;
-  const Tiling x_blocks_, blocks_;
-  const int64_t width_;       // channels of the state in whole vectors
+  const Tiling x_blocks_, blocks_, out_blocks_; // of the frame, of the state, of what is read of outputs
+  const int64_t width_;                         // channels of the state in whole vectors
   const Image state_, saved_; // of gradients of the state; of cells and candidate in the caller's memory
   const int64_t x_chunks_, h_chunks_;
   const bool needs_y_, needs_x_; // outputs of the depthwise convolutions; the gradient of that of the frame
   int64_t group_ = 1;
-  Packed<A> candidate_, point_x_, point_h_, gates_x_, gates_h_;
+  Packed<N> candidate_, point_x_, point_h_, gates_x_, gates_h_;
   A *bias_ = nullptr;
   TeamMemory *team_memory_ = nullptr;
   ThreadMemory *thread_memory_ = nullptr;

@@ -14,6 +14,8 @@ namespace {
 
 template <class T> class Forward {
   using A = Accumulator<T>;
+  using N = Product<T>;
+  using Elem = typename N::Elem;
   static constexpr int64_t kLane = kLanes<A>;
 
 public:
@@ -25,15 +27,15 @@ public:
         pixels_(blocks_.height * blocks_.width), state_{width_, blocks_.height, blocks_.width, 0, 0},
         saved_{h_.s.channels, blocks_.height, blocks_.width, 0, 0}, x_chunks_(parts(x_.s.channels, kChunk)),
         h_chunks_(parts(h_.s.channels, kChunk)) {
-    depth_ = {x_.s.channels, h_.s.channels};
-    candidate_ = {h_.s.channels, depth_.first + depth_.rest, nullptr};
-    for (Packed<A> &gate : gates_)
+    candidate_ = {h_.s.channels, {x_.s.channels, h_.s.channels}, nullptr};
+    for (Packed<N> &gate : gates_)
       gate = candidate_;
   }
 
   void run(int threads) {
-    const int64_t bytes = (x_.image.size() + 2 * h_.image.size() + state_.size()) * int64_t(sizeof(A));
-    const Plan plan(p_.batch, threads, bytes, 3 * h_.s.channels * candidate_.depth * int64_t(sizeof(A)));
+    const int64_t bytes =
+        (x_.image.size() + 2 * h_.image.size()) * int64_t(sizeof(T)) + state_.size() * int64_t(sizeof(A));
+    const Plan plan(p_.batch, threads, bytes, 3 * h_.s.channels * candidate_.terms() * int64_t(sizeof(Elem)));
     group_ = plan.group;
     Carver count;
     carve(count, threads, plan.teams);
@@ -57,22 +59,22 @@ private:
   // Shared by a team; group_ of each.
   struct TeamMemory {
     char *begin, *end;
-    A *x, *h[2];        // images
+    T *x, *h[2];        // images
     A *c;               // (pixels)
     A *x_sums, *h_sums; // (blocks, channels)
     A *gates;           // (3, width)
   };
   struct ThreadMemory {
-    A *y;      // (chunks, kBlockSize, kChunk): both depthwise convolutions
-    A *z;      // (kBlockSize, panel)
-    A *pooled; // (chunks, kGroup, kChunk)
+    Elem *y;      // (chunks, kBlockSize, kChunk): both depthwise convolutions
+    A *z;         // (kBlockSize, panel)
+    Elem *pooled; // (chunks, kGroup, kChunk)
   };
 
   void carve(Carver &carver, int threads, int teams) {
     x_.carve(carver);
     h_.carve(carver);
     candidate_.carve(carver);
-    for (Packed<A> &gate : gates_)
+    for (Packed<N> &gate : gates_)
       gate.carve(carver);
     bias_ = carver.take<A>(width_);
     gate_bias_ = carver.take<A>(3 * width_);
@@ -81,9 +83,9 @@ private:
     for (int k = 0; k < teams; ++k) {
       TeamMemory m;
       const int64_t begin = carver.used;
-      m.x = carver.take<A>(group_ * x_.image.size());
-      m.h[0] = carver.take<A>(group_ * h_.image.size());
-      m.h[1] = carver.take<A>(group_ * h_.image.size());
+      m.x = carver.take<T>(group_ * x_.image.size());
+      m.h[0] = carver.take<T>(group_ * h_.image.size());
+      m.h[1] = carver.take<T>(group_ * h_.image.size());
       m.c = carver.take<A>(group_ * state_.size());
       m.x_sums = carver.take<A>(group_ * x_blocks_.count * x_.vectors);
       m.h_sums = carver.take<A>(group_ * blocks_.count * width_);
@@ -95,9 +97,9 @@ private:
     }
     for (int k = 0; k < threads; ++k) {
       ThreadMemory m;
-      m.y = carver.take<A>((x_chunks_ + h_chunks_) * kBlockSize * kChunk);
-      m.z = carver.take<A>(kBlockSize * Packed<A>::kPanel);
-      m.pooled = carver.take<A>((x_chunks_ + h_chunks_) * kGroup * kChunk);
+      m.y = carver.take<Elem>((x_chunks_ + h_chunks_) * kBlockSize * kChunk);
+      m.z = carver.take<A>(kBlockSize * Packed<N>::kPanel);
+      m.pooled = carver.take<Elem>((x_chunks_ + h_chunks_) * kGroup * kChunk);
       if (carver.base)
         thread_memory_[k] = m;
     }
@@ -105,18 +107,16 @@ private:
 
   // Weights into the form that the kernels read.
   void prepare(int thread, int threads) {
-    const int64_t channels = h_.s.channels, panels = candidate_.panels();
+    const int64_t channels = h_.s.channels, in_channels = x_.s.channels, panels = candidate_.panels();
     const T *weight_ih = static_cast<const T *>(p_.gate_weight_ih),
             *weight_hh = static_cast<const T *>(p_.gate_weight_hh);
     const T *point_ih = static_cast<const T *>(p_.pointwise_ih), *point_hh = static_cast<const T *>(p_.pointwise_hh);
     const Range share = part_of(4 * panels, thread, threads);
     for (int64_t k = share.begin; k < share.end; ++k) {
       const int64_t gate = k / panels, panel = k % panels;
-      const Packed<A> &packed = gate == 3 ? candidate_ : gates_[gate];
-      const T *ih = gate == 3 ? point_ih : weight_ih + gate * channels * depth_.first;
-      const T *hh = gate == 3 ? point_hh : weight_hh + gate * channels * depth_.rest;
-      packed.fill(panel, 0, depth_.first, ih, depth_.first, 1);
-      packed.fill(panel, depth_.first, depth_.rest, hh, depth_.rest, 1);
+      const Packed<N> &packed = gate == 3 ? candidate_ : gates_[gate];
+      packed.fill(panel, false, gate == 3 ? point_ih : weight_ih + gate * channels * in_channels, in_channels, 1);
+      packed.fill(panel, true, gate == 3 ? point_hh : weight_hh + gate * channels * channels, channels, 1);
     }
     if (thread == 0) {
       x_.prepare(static_cast<const T *>(p_.depthwise_ih));
@@ -163,6 +163,9 @@ private:
       share = team.share(samples * blocks_.count);
       for (int64_t k = share.begin; k < share.end; ++k) {
         const int64_t b = k / blocks_.count;
+        if (s + 1 < p_.steps)
+          prefetch_frame<T>(p_.x, p_.reverse ? step - 1 : step + 1, first + b, x_.s.channels, x_blocks_,
+                            k % blocks_.count, blocks_.count);
         if (!(flags[b] & kFlagPastEnd))
           compute_block(m, scratch, step, first, b, current[b], k % blocks_.count);
       }
@@ -194,7 +197,8 @@ private:
 
   void load_state(const TeamMemory &m, int64_t first, int64_t b, int64_t index) const {
     const Block block = blocks_[index];
-    A *h = m.h[0] + b * h_.image.size(), *c = m.c + b * state_.size();
+    T *h = m.h[0] + b * h_.image.size();
+    A *c = m.c + b * state_.size();
     if (p_.h_0.data)
       load_block<T>(p_.h_0, 0, first + b, h_.s.channels, block, h, h_.image);
     else
@@ -208,13 +212,13 @@ private:
 
   void load_input(const TeamMemory &m, int64_t step, int64_t first, int64_t b, int64_t index) const {
     const Block block = x_blocks_[index];
-    A *x = m.x + b * x_.image.size();
+    T *x = m.x + b * x_.image.size();
     load_block<T>(p_.x, step, first + b, x_.s.channels, block, x, x_.image);
     sum_block(x, x_.image, block, m.x_sums + (b * x_blocks_.count + index) * x_.vectors);
   }
 
   void reset(const TeamMemory &m, int64_t b, int current) const {
-    std::memset(m.h[current] + b * h_.image.size(), 0, size_t(h_.image.size()) * sizeof(A));
+    std::memset(m.h[current] + b * h_.image.size(), 0, size_t(h_.image.size()) * sizeof(T));
     std::memset(m.c + b * state_.size(), 0, size_t(state_.size()) * sizeof(A));
   }
 
@@ -234,13 +238,12 @@ private:
     const Range share = team.share(3 * panels);
     for (int64_t k = share.begin; k < share.end; ++k) {
       const int64_t gate = k / panels, panel = k % panels, vectors = candidate_.vectors(panel);
-      multiply<A, kChunk, 1>(samples, vectors, depth_, scratch.pooled, chunk, gates_[gate].panel(panel),
-                             vectors * kLane, scratch.z, Packed<A>::kPanel, false);
+      gates_[gate].multiply(panel, samples, scratch.pooled, chunk, scratch.z);
       for (int64_t b = 0; b < samples; ++b) {
         for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t c = panel * Packed<A>::kPanel + v * kLane, at = gate * width_ + c;
-          const Vec<A> z = load(scratch.z + b * Packed<A>::kPanel + v * kLane) + load(gate_bias_ + at);
-          const Vec<A> open = open_gate<Plain<A>>(p_.activation, z);
+          const int64_t c = panel * Packed<N>::kPanel + v * kLane, at = gate * width_ + c;
+          const Vec<A> z = load(scratch.z + b * Packed<N>::kPanel + v * kLane) + load(gate_bias_ + at);
+          const Vec<A> open = open_gate<N>(p_.activation, z);
           store(m.gates + b * 3 * width_ + at, clamp_gate<A>(p_.activation, open));
           if (call_.gates) {
             A *to = static_cast<A *>(call_.gates) + ((step * p_.batch + first + b) * 3 + gate) * channels + c;
@@ -252,43 +255,42 @@ private:
   }
 
   // The mean of an image, from the sums of its blocks, in chunks.
-  void pool(const A *sums, const Tiling &blocks, int64_t channels, int64_t width, bool zero, A *pooled) const {
+  void pool(const A *sums, const Tiling &blocks, int64_t channels, int64_t width, bool zero, Elem *pooled) const {
     const A scale = A(1) / A(blocks.height * blocks.width);
     for (int64_t c = 0; c < channels; c += kLane) {
       Vec<A> sum{};
       for (int64_t k = 0; !zero && k < blocks.count; ++k)
         sum += load(sums + k * width + c);
-      store(pooled + c / kChunk * kGroup * kChunk + c % kChunk, sum * scale);
+      store_as<A>(pooled + c / kChunk * kGroup * kChunk + c % kChunk, sum * scale);
     }
   }
 
   void compute_block(const TeamMemory &m, const ThreadMemory &scratch, int64_t step, int64_t first, int64_t b,
                      int current, int64_t index) const {
     const Block block = blocks_[index];
-    const A *x = m.x + b * x_.image.size(), *h = m.h[current] + b * h_.image.size();
-    A *h_next = m.h[current ^ 1] + b * h_.image.size();
+    const T *x = m.x + b * x_.image.size(), *h = m.h[current] + b * h_.image.size();
+    T *h_next = m.h[current ^ 1] + b * h_.image.size();
     constexpr int64_t chunk = kBlockSize * kChunk;
     x_.convolve_block(x, block, scratch.y);
     h_.convolve_block(h, block, scratch.y + x_chunks_ * chunk);
     for (int64_t panel = 0; panel < candidate_.panels(); ++panel) {
       const int64_t vectors = candidate_.vectors(panel);
-      multiply<A, kChunk, 1>(block.pixels(), vectors, depth_, scratch.y, chunk, candidate_.panel(panel),
-                             vectors * kLane, scratch.z, Packed<A>::kPanel, false);
+      candidate_.multiply(panel, block.pixels(), scratch.y, chunk, scratch.z);
       for (int64_t v = 0; v < vectors; ++v)
-        update_cell(m, scratch.z + v * kLane, panel * Packed<A>::kPanel + v * kLane, h_next, step, first, b, block,
+        update_cell(m, scratch.z + v * kLane, panel * Packed<N>::kPanel + v * kLane, h_next, step, first, b, block,
                     index);
     }
   }
 
   // One vector of channels, from c on, of all pixels of a block; eq. (13) to (15).
-  void update_cell(const TeamMemory &m, const A *z, int64_t c, A *h_next, int64_t step, int64_t first, int64_t b,
+  void update_cell(const TeamMemory &m, const A *z, int64_t c, T *h_next, int64_t step, int64_t first, int64_t b,
                    const Block &block, int64_t index) const {
     const A *gates = m.gates + b * 3 * width_ + c;
     const Vec<A> i = load(gates), f = load(gates + width_), o = load(gates + 2 * width_), bias = load(bias_ + c);
     const int count = int(smaller(kLane, h_.s.channels - c));
     const int64_t frame = (step * p_.batch + first + b) * saved_.size();
     Vec<A> sum{};
-    for (int64_t row = 0; row < block.rows; ++row, z += block.columns * Packed<A>::kPanel) {
+    for (int64_t row = 0; row < block.rows; ++row, z += block.columns * Packed<N>::kPanel) {
       const int64_t y = block.row + row, saved = frame + saved_.at(c, y, block.column);
       A *cells = call_.cells ? static_cast<A *>(call_.cells) + saved : nullptr;
       T *candidate = call_.candidate ? static_cast<T *>(call_.candidate) + saved : nullptr;
@@ -301,21 +303,40 @@ private:
 
   // Returns `sum` and what the new state adds to it. Not inline: its loop needs all registers.
   __attribute__((noinline)) static Vec<A> update_row(Vec<A> sum, int64_t columns, const A *z, Vec<A> bias, Vec<A> i,
-                                                     Vec<A> f, Vec<A> o, A *cell, int64_t cell_pixel, A *h,
+                                                     Vec<A> f, Vec<A> o, A *cell, int64_t cell_pixel, T *h,
                                                      int64_t h_pixel, A *cells, T *candidate, int64_t saved_pixel,
                                                      int count) {
-    for (int64_t column = 0; column < columns; ++column) {
-      const Vec<A> g = tanh<A>(load(z + column * Packed<A>::kPanel) + bias);
-      const Vec<A> cell_new = fma(f, load(cell + column * cell_pixel), i * g);
-      const Vec<A> h_new = rounded<T>(o * tanh<A>(cell_new));
-      store(cell + column * cell_pixel, cell_new);
-      store(h + column * h_pixel, h_new);
-      sum += h_new;
-      if (cells)
-        store_first(cells + column * saved_pixel, cell_new, count);
-      if (candidate)
-        store_first_as<A>(candidate + column * saved_pixel, g, count);
-    }
+    constexpr int kAtOnce = 4; // pixels, whose chains of operations overlap
+    const auto update = [&](auto pixels, int64_t x) FC_LAMBDA_INLINE {
+      constexpr int kPixels = decltype(pixels)::kValue;
+      Vec<A> g[kPixels], c[kPixels], h_new[kPixels];
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k)
+        g[k] = CellFunctions<N>::tanh(load(z + (x + k) * Packed<N>::kPanel) + bias);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k) {
+        c[k] = fma(f, load(cell + (x + k) * cell_pixel), i * g[k]);
+        store(cell + (x + k) * cell_pixel, c[k]);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k)
+        h_new[k] = o * CellFunctions<N>::tanh(c[k]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k)
+        store_as<A>(h + (x + k) * h_pixel, h_new[k]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k)
+        sum += load_as<A>(h + (x + k) * h_pixel); // as rounded
+      for (int k = 0; cells && k < kPixels; ++k)
+        store_first(cells + (x + k) * saved_pixel, c[k], count);
+      for (int k = 0; candidate && k < kPixels; ++k)
+        store_first_as<A>(candidate + (x + k) * saved_pixel, g[k], count);
+    };
+    int64_t x = 0;
+    for (; x + kAtOnce <= columns; x += kAtOnce)
+      update(Constant<kAtOnce>{}, x);
+    for (; x < columns; ++x)
+      update(Constant<1>{}, x);
     return sum;
   }
 
@@ -343,8 +364,7 @@ private:
   const Image state_, saved_;                   // of c; of cells and candidate in the caller's memory
   const int64_t x_chunks_, h_chunks_;
   int64_t group_ = 1;
-  Depth depth_;
-  Packed<A> candidate_, gates_[3];
+  Packed<N> candidate_, gates_[3];
   A *bias_ = nullptr, *gate_bias_ = nullptr;
   TeamMemory *team_memory_ = nullptr;
   ThreadMemory *thread_memory_ = nullptr;

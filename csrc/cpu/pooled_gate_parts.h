@@ -32,17 +32,25 @@ template <> struct AccumulatorOf<bfloat16> {
 };
 template <class T> using Accumulator = typename AccumulatorOf<T>::Type;
 
+// The number type of the products of tensors of T.
+template <class T> struct ProductOf {
+  using Type = Plain<Accumulator<T>>;
+};
+#ifdef FC_ISA_AVX512_BF16
+template <> struct ProductOf<bfloat16> {
+  using Type = BF16;
+};
+#endif
+template <class T> using Product = typename ProductOf<T>::Type;
+
+// A number as a type.
+template <int k> struct Constant {
+  static constexpr int kValue = k;
+};
+
 // Whole vectors, converted from or to another type in memory.
 template <class A, class M> static FC_INLINE Vec<A> load_as(const M *p) { return load_first_as<A>(p, kLanes<A>); }
 template <class A, class M> static FC_INLINE void store_as(M *p, Vec<A> v) { store_first_as<A>(p, v, kLanes<A>); }
-
-// The value that is left after a trip through the storage type.
-template <class T> static FC_INLINE Vec<Accumulator<T>> rounded(Vec<Accumulator<T>> v) {
-  if constexpr (sizeof(T) == 2)
-    return round_to_bfloat16(v);
-  else
-    return v;
-}
 
 // --- sizes -----------------------------------------------------------------------------------------------------------
 
@@ -164,6 +172,17 @@ template <class A, int kStep> static FC_INLINE void exchange(Vec<A> *v) {
   }
 }
 
+#ifdef FC_ISA_AVX512_BF16
+// Lane k: element k of the first row and, above it, of the second, which may be null for zeros; zeros from n on.
+static FC_INLINE Vec<float> load_pairs(const bfloat16 *first, const bfloat16 *second, int n) {
+  return (Vec<float>)(load_halves(first, n) | (second ? load_halves(second, n) << 16 : BitVec{}));
+}
+static FC_INLINE void store_pairs(bfloat16 *first, bfloat16 *second, Vec<float> pairs) {
+  *reinterpret_cast<UnalignedHalfVec *>(first) = __builtin_convertvector((BitVec)pairs, HalfVec);
+  *reinterpret_cast<UnalignedHalfVec *>(second) = __builtin_convertvector((BitVec)pairs >> 16, HalfVec);
+}
+#endif
+
 // Rows become columns.
 template <class A> static FC_INLINE void transpose(Vec<A> *v) {
   exchange<A, 1>(v);
@@ -175,32 +194,32 @@ template <class A> static FC_INLINE void transpose(Vec<A> *v) {
     exchange<A, 8>(v);
 }
 
-// Walks over the channels c and the runs of pixels j of a block whose pixels are adjacent in `frames`: tile(c, j) for
-// square tiles of whole vectors, which may overlap, element(c, j) for the rest.
-template <class A, class Tile, class Element>
-static FC_INLINE void for_planar(const Frames &frames, const Block &block, int64_t channels, const Tile &tile,
-                                 const Element &element) {
+// Calls tile(c, j) for tiles of kChannels channels from c on and as many pixels from j on as a vector has lanes, of a
+// block whose pixels are adjacent in `frames`; tiles may overlap. Returns the first channel that is left, at least
+// `first`.
+template <class A, int kChannels, class Tile>
+static FC_INLINE int64_t for_tiles(const Frames &frames, const Block &block, int64_t first, int64_t channels,
+                                   const Tile &tile) {
   constexpr int64_t n = kLanes<A>;
-  const bool one_run = frames.column == 1 && (block.rows == 1 || frames.row == block.columns);
+  const bool one_run = block.rows == 1 || frames.row == block.columns;
   const int64_t runs = one_run ? 1 : block.rows, length = one_run ? block.pixels() : block.columns;
-  const int64_t tiled = frames.column == 1 && length >= n ? channels / n * n : 0; // channels in tiles
-  for (int64_t c = 0; c < tiled; c += n) {
+  if (frames.column != 1 || length < n)
+    return first;
+  int64_t c = first;
+  for (; c + kChannels <= channels; c += kChannels) {
     for (int64_t run = 0; run < runs; ++run) {
       const int64_t begin = run * length, end = begin + length;
       for (int64_t j = begin; j < end; j += n)
         tile(c, smaller(j, end - n));
     }
   }
-  for (int64_t c = tiled; c < channels; ++c) {
-    for (int64_t j = 0; j < block.pixels(); ++j)
-      element(c, j);
-  }
+  return c;
 }
 
 // Copies a block of frame (step, sample) to an image.
-template <class T>
-static void load_block(const Frames &frames, int64_t step, int64_t sample, int64_t channels, const Block &block,
-                       Accumulator<T> *to, const Image &image) {
+template <class T, class I>
+static void load_block(const Frames &frames, int64_t step, int64_t sample, int64_t channels, const Block &block, I *to,
+                       const Image &image) {
   using A = Accumulator<T>;
   constexpr int64_t n = kLanes<A>;
   const T *from = static_cast<const T *>(frames.data) + step * frames.step + sample * frames.sample +
@@ -208,35 +227,48 @@ static void load_block(const Frames &frames, int64_t step, int64_t sample, int64
   const PixelOffsets source(block, frames.row, frames.column), target(block, image.width, 1);
   if (frames.channel == 1 && frames.column != 1) {
     for (int64_t c = 0; c < channels; c += n) {
-      A *first = to + image.at(c, block.row, block.column);
+      I *first = to + image.at(c, block.row, block.column);
       for (int64_t j = 0; j < block.pixels(); ++j)
-        store(first + target.at[j] * image.pixel(c),
-              load_first_as<A>(from + source.at[j] + c, int(smaller(n, channels - c))));
+        store_as<A>(first + target.at[j] * image.pixel(c),
+                    load_first_as<A>(from + source.at[j] + c, int(smaller(n, channels - c))));
     }
     return;
   }
-  for_planar<A>(
-      frames, block, channels,
-      [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
-        A *first = to + image.at(c, block.row, block.column);
-        const T *plane = from + source.at[j] + c * frames.channel;
-        Vec<A> v[n];
-        for (int64_t k = 0; k < n; ++k)
-          v[k] = load_as<A>(plane + k * frames.channel);
-        transpose<A>(v);
-        for (int64_t k = 0; k < n; ++k)
-          store(first + target.at[j + k] * image.pixel(c), v[k]);
-      },
-      [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
-        to[image.at(c, block.row, block.column) + target.at[j] * image.pixel(c)] =
-            convert<A>(from[source.at[j] + c * frames.channel]);
-      });
+  int64_t c = 0;
+#ifdef FC_ISA_AVX512_BF16
+  if constexpr (sizeof(T) == 2 && sizeof(I) == 2) // channels in pairs, so that nothing is converted
+    c = for_tiles<A, 2 * n>(frames, block, c, channels, [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
+      A *first = reinterpret_cast<A *>(to + image.at(c, block.row, block.column));
+      const T *plane = from + source.at[j] + c * frames.channel;
+      Vec<A> v[n];
+      for (int64_t k = 0; k < n; ++k, plane += 2 * frames.channel)
+        v[k] = load_pairs(plane, plane + frames.channel, n);
+      transpose<A>(v);
+      for (int64_t k = 0; k < n; ++k)
+        store(first + target.at[j + k] * image.pixel(c) / 2, v[k]);
+    });
+#endif
+  c = for_tiles<A, n>(frames, block, c, channels, [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
+    I *first = to + image.at(c, block.row, block.column);
+    const T *plane = from + source.at[j] + c * frames.channel;
+    Vec<A> v[n];
+    for (int64_t k = 0; k < n; ++k)
+      v[k] = load_as<A>(plane + k * frames.channel);
+    transpose<A>(v);
+    for (int64_t k = 0; k < n; ++k)
+      store_as<A>(first + target.at[j + k] * image.pixel(c), v[k]);
+  });
+  for (; c < channels; ++c) {
+    for (int64_t j = 0; j < block.pixels(); ++j)
+      to[image.at(c, block.row, block.column) + target.at[j] * image.pixel(c)] =
+          convert<I>(from[source.at[j] + c * frames.channel]);
+  }
 }
 
 // The inverse of load_block.
-template <class T>
-static void store_block(const Accumulator<T> *from, const Image &image, int64_t channels, const Block &block,
-                        const Frames &frames, int64_t step, int64_t sample) {
+template <class T, class I>
+static void store_block(const I *from, const Image &image, int64_t channels, const Block &block, const Frames &frames,
+                        int64_t step, int64_t sample) {
   using A = Accumulator<T>;
   constexpr int64_t n = kLanes<A>;
   T *to = static_cast<T *>(frames.data) + step * frames.step + sample * frames.sample + block.row * frames.row +
@@ -244,29 +276,60 @@ static void store_block(const Accumulator<T> *from, const Image &image, int64_t 
   const PixelOffsets source(block, image.width, 1), target(block, frames.row, frames.column);
   if (frames.channel == 1 && frames.column != 1) {
     for (int64_t c = 0; c < channels; c += n) {
-      const A *first = from + image.at(c, block.row, block.column);
+      const I *first = from + image.at(c, block.row, block.column);
       for (int64_t j = 0; j < block.pixels(); ++j)
-        store_first_as<A>(to + target.at[j] + c, load(first + source.at[j] * image.pixel(c)),
+        store_first_as<A>(to + target.at[j] + c, load_as<A>(first + source.at[j] * image.pixel(c)),
                           int(smaller(n, channels - c)));
     }
     return;
   }
-  for_planar<A>(
-      frames, block, channels,
-      [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
-        const A *first = from + image.at(c, block.row, block.column);
-        T *plane = to + target.at[j] + c * frames.channel;
-        Vec<A> v[n];
-        for (int64_t k = 0; k < n; ++k)
-          v[k] = load(first + source.at[j + k] * image.pixel(c));
-        transpose<A>(v);
-        for (int64_t k = 0; k < n; ++k)
-          store_as<A>(plane + k * frames.channel, v[k]);
-      },
-      [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
-        to[target.at[j] + c * frames.channel] =
-            convert<T>(from[image.at(c, block.row, block.column) + source.at[j] * image.pixel(c)]);
-      });
+  int64_t c = 0;
+#ifdef FC_ISA_AVX512_BF16
+  if constexpr (sizeof(T) == 2 && sizeof(I) == 2)
+    c = for_tiles<A, 2 * n>(frames, block, c, channels, [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
+      const A *first = reinterpret_cast<const A *>(from + image.at(c, block.row, block.column));
+      T *plane = to + target.at[j] + c * frames.channel;
+      Vec<A> v[n];
+      for (int64_t k = 0; k < n; ++k)
+        v[k] = load(first + source.at[j + k] * image.pixel(c) / 2);
+      transpose<A>(v);
+      for (int64_t k = 0; k < n; ++k, plane += 2 * frames.channel)
+        store_pairs(plane, plane + frames.channel, v[k]);
+    });
+#endif
+  c = for_tiles<A, n>(frames, block, c, channels, [&](int64_t c, int64_t j) FC_LAMBDA_INLINE {
+    const I *first = from + image.at(c, block.row, block.column);
+    T *plane = to + target.at[j] + c * frames.channel;
+    Vec<A> v[n];
+    for (int64_t k = 0; k < n; ++k)
+      v[k] = load_as<A>(first + source.at[j + k] * image.pixel(c));
+    transpose<A>(v);
+    for (int64_t k = 0; k < n; ++k)
+      store_as<A>(plane + k * frames.channel, v[k]);
+  });
+  for (; c < channels; ++c) {
+    for (int64_t j = 0; j < block.pixels(); ++j)
+      to[target.at[j] + c * frames.channel] =
+          convert<T>(from[image.at(c, block.row, block.column) + source.at[j] * image.pixel(c)]);
+  }
+}
+
+// Asks for bytes that will be read soon. Inline: GCC takes calls to a function that does nothing else for useless.
+static FC_INLINE void prefetch(const void *begin, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char *>(begin) + at, 0, 2);
+}
+
+// Asks for part k of `parts` of frame (step, sample), if it lies in one piece.
+template <class T>
+static FC_INLINE void prefetch_frame(const Frames &frames, int64_t step, int64_t sample, int64_t channels,
+                                     const Tiling &image, int64_t k, int64_t parts) {
+  const int64_t pixels = image.height * image.width;
+  if (!frames.data || frames.column * frames.channel != (frames.column == 1 ? pixels : channels))
+    return;
+  const Range part = part_of(channels * pixels, int(k), int(parts));
+  prefetch(static_cast<const T *>(frames.data) + step * frames.step + sample * frames.sample + part.begin,
+           (part.end - part.begin) * int64_t(sizeof(T)));
 }
 
 template <class T>
@@ -281,22 +344,22 @@ static void fill_zero(const Frames &frames, int64_t step, int64_t sample, int64_
 }
 
 // sums[c] = the sum over the block.
-template <class A> static void sum_block(const A *from, const Image &image, const Block &block, A *sums) {
+template <class A, class I> static void sum_block(const I *from, const Image &image, const Block &block, A *sums) {
   for (int64_t c = 0; c < image.channels; c += kLanes<A>) {
     Vec<A> sum{};
     for (int64_t y = 0; y < block.rows; ++y) {
-      const A *p = from + image.at(c, block.row + y, block.column);
+      const I *p = from + image.at(c, block.row + y, block.column);
       for (int64_t x = 0; x < block.columns; ++x)
-        sum += load(p + x * image.pixel(c));
+        sum += load_as<A>(p + x * image.pixel(c));
     }
     store(sums + c, sum);
   }
 }
 
-template <class A> static void zero_block(A *to, const Image &image, const Block &block) {
+template <class I> static void zero_block(I *to, const Image &image, const Block &block) {
   for (int64_t c = 0; c < image.channels; c += kChunk) {
     for (int64_t y = 0; y < block.rows; ++y)
-      std::memset(to + image.at(c, block.row + y, block.column), 0, size_t(block.columns * image.pixel(c)) * sizeof(A));
+      std::memset(to + image.at(c, block.row + y, block.column), 0, size_t(block.columns * image.pixel(c)) * sizeof(I));
   }
 }
 
@@ -323,8 +386,9 @@ template <class A> struct Depthwise {
   int64_t taps;
   Image image, spread;
   int64_t *tap_offset;  // of the taps, in pixels of the image
-  int64_t *back_offset; // of the taps, in pixels of `spread`, from the padded pixel at the same place
-  A *weights;           // (taps, vectors)
+  int64_t *back_offset; // of the taps from the last to the first, in pixels of `spread`, from the padded pixel at the
+                        // same place
+  A *weights, *back_weights; // (taps, vectors); from the last tap to the first
 
   Depthwise(const DepthwiseShape &shape, PaddingMode mode)
       : s(shape), padding(mode), vectors(whole_vectors<A>(shape.channels)), taps(shape.kernel_h * shape.kernel_w) {
@@ -332,30 +396,33 @@ template <class A> struct Depthwise {
     image = {vectors, s.height + s.top + s.bottom, s.width + s.left + s.right, s.top, s.left};
     spread = {vectors, image.height + reach_h, image.width + reach_w, reach_h, reach_w};
   }
+  bool threes() const { return s.kernel_w == 3 && s.dilation_w == 1; }
   bool folds() const { return padding != PaddingMode::zeros && (s.top || s.bottom || s.left || s.right); }
 
   void carve(Carver &carver) {
     tap_offset = carver.take<int64_t>(taps);
     back_offset = carver.take<int64_t>(taps);
     weights = carver.take<A>(taps * vectors);
+    back_weights = carver.take<A>(taps * vectors);
   }
   template <class T> void prepare(const T *weight /* (channels, taps) */) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t y = tap / s.kernel_w * s.dilation_h, x = tap % s.kernel_w * s.dilation_w;
       tap_offset[tap] = y * image.width + x;
-      back_offset[tap] = (spread.top - y) * spread.width + spread.left - x;
+      back_offset[taps - 1 - tap] = (spread.top - y) * spread.width + spread.left - x;
       for (int64_t c = 0; c < vectors; ++c)
-        weights[tap * vectors + c] = c < s.channels ? convert<A>(weight[c * taps + tap]) : A(0);
+        weights[tap * vectors + c] = back_weights[(taps - 1 - tap) * vectors + c] =
+            c < s.channels ? convert<A>(weight[c * taps + tap]) : A(0);
     }
   }
 
   // The outputs of a block, as chunks (kBlockSize, kChunk).
-  void convolve_block(const A *frame, const Block &block, A *out) const;
+  template <class I, class Out> void convolve_block(const I *frame, const Block &block, Out *out) const;
 
   // Fills the padding of an image from its inside; zeros stay.
-  void pad(A *frame) const {
+  template <class I> void pad(I *frame) const {
     for_padding([&](int64_t to, int64_t from,
-                    int64_t count) { std::memcpy(frame + to, frame + from, size_t(count) * sizeof(A)); },
+                    int64_t count) { std::memcpy(frame + to, frame + from, size_t(count) * sizeof(I)); },
                 true);
   }
 
@@ -395,65 +462,94 @@ private:
   }
 };
 
-// One vector of channels of kPixels pixels; `start` is added if it is not null. Offsets are in pixels of in_pixel
-// elements; neighbouring outputs read pixels `stride` elements apart.
-template <class A, int kPixels>
-static FC_INLINE void convolve_pixels(const A *in, int64_t in_pixel, int64_t stride, const int64_t *offsets,
-                                      int64_t taps, const A *weights, int64_t tap_weights, const A *start, A *out,
-                                      int64_t out_pixel) {
+// The taps of a convolution: where each lies in the input, in pixels, and its weights, `step` elements apart.
+template <class A> struct Taps {
+  const int64_t *offsets;
+  int64_t count;
+  const A *weights;
+  int64_t step;
+  bool threes; // rows of three pixels side by side, for outputs that are neighbours in the input, too
+};
+
+// One vector of channels of kPixels pixels; `start` is added if it is not null. Pixels of the input are in_pixel
+// elements apart; neighbouring outputs read pixels `stride` elements apart.
+template <class A, int kPixels, bool kThrees, class I, class Out>
+static FC_INLINE void convolve_pixels(const I *in, int64_t in_pixel, int64_t stride, const Taps<A> &taps, int64_t c,
+                                      const A *start, Out *out, int64_t out_pixel) {
+  constexpr int kWidth = kThrees ? 3 : 1;
   Vec<A> sum[kPixels];
 #pragma GCC unroll 8
   for (int k = 0; k < kPixels; ++k)
-    sum[k] = start ? load(start) : Vec<A>{};
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const Vec<A> w = load(weights + tap * tap_weights);
-    const A *p = in + offsets[tap] * in_pixel;
-#pragma GCC unroll 8
-    for (int k = 0; k < kPixels; ++k)
-      sum[k] = fma(load(p + k * stride), w, sum[k]);
+    sum[k] = start ? load(start + c) : Vec<A>{};
+  const A *weights = taps.weights + c;
+  for (int64_t tap = 0; tap < taps.count; tap += kWidth) {
+    Vec<A> w[kWidth];
+#pragma GCC unroll 3
+    for (int k = 0; k < kWidth; ++k, weights += taps.step)
+      w[k] = load(weights);
+    const I *p = in + taps.offsets[tap] * in_pixel + c;
+    // Each pixel of the input is read once for the outputs that it belongs to.
+#pragma GCC unroll 10
+    for (int x = 0; x < kPixels + kWidth - 1; ++x) {
+      const Vec<A> pixel = load_as<A>(p + x * stride);
+#pragma GCC unroll 3
+      for (int k = 0; k < kWidth; ++k) {
+        if (x - k >= 0 && x - k < kPixels)
+          sum[x - k] = fma(pixel, w[k], sum[x - k]);
+      }
+    }
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kPixels; ++k)
-    store(out + k * out_pixel, sum[k]);
+    store_as<A>(out + k * out_pixel, sum[k]);
 }
 
 // A convolution of the channels of one chunk, in whole vectors; `in` and `out` are where the first output pixel stands,
 // strides are those from output pixel to output pixel, in elements.
-template <class A>
-static void convolve(int64_t rows, int64_t columns, int64_t channels, const A *in, int64_t in_pixel, int64_t row_stride,
-                     int64_t column_stride, const int64_t *offsets, int64_t taps, const A *weights, int64_t tap_weights,
-                     const A *start, A *out, int64_t out_row, int64_t out_pixel) {
+template <class A, bool kThrees, class I, class Out>
+static FC_INLINE void convolve_as(int64_t rows, int64_t columns, int64_t channels, const I *in, int64_t in_pixel,
+                                  int64_t row_stride, int64_t column_stride, const Taps<A> &taps, const A *start,
+                                  Out *out, int64_t out_row, int64_t out_pixel) {
   for (int64_t y = 0; y < rows; ++y) {
     for (int64_t x = 0; x < columns;) {
       const int64_t left = columns - x, count = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const A *p = in + y * row_stride + x * column_stride;
-      A *q = out + y * out_row + x * out_pixel;
+      const I *p = in + y * row_stride + x * column_stride;
+      Out *q = out + y * out_row + x * out_pixel;
       for (int64_t c = 0; c < channels; c += kLanes<A>) {
-        const A *first = start ? start + c : nullptr;
         if (count == 8)
-          convolve_pixels<A, 8>(p + c, in_pixel, column_stride, offsets, taps, weights + c, tap_weights, first, q + c,
-                                out_pixel);
+          convolve_pixels<A, 8, kThrees>(p, in_pixel, column_stride, taps, c, start, q + c, out_pixel);
         else if (count == 4)
-          convolve_pixels<A, 4>(p + c, in_pixel, column_stride, offsets, taps, weights + c, tap_weights, first, q + c,
-                                out_pixel);
+          convolve_pixels<A, 4, kThrees>(p, in_pixel, column_stride, taps, c, start, q + c, out_pixel);
         else if (count == 2)
-          convolve_pixels<A, 2>(p + c, in_pixel, column_stride, offsets, taps, weights + c, tap_weights, first, q + c,
-                                out_pixel);
+          convolve_pixels<A, 2, kThrees>(p, in_pixel, column_stride, taps, c, start, q + c, out_pixel);
         else
-          convolve_pixels<A, 1>(p + c, in_pixel, column_stride, offsets, taps, weights + c, tap_weights, first, q + c,
-                                out_pixel);
+          convolve_pixels<A, 1, kThrees>(p, in_pixel, column_stride, taps, c, start, q + c, out_pixel);
       }
       x += count;
     }
   }
 }
+template <class A, class I, class Out>
+static void convolve(int64_t rows, int64_t columns, int64_t channels, const I *in, int64_t in_pixel, int64_t row_stride,
+                     int64_t column_stride, const Taps<A> &taps, const A *start, Out *out, int64_t out_row,
+                     int64_t out_pixel) {
+  if (taps.threes)
+    convolve_as<A, true>(rows, columns, channels, in, in_pixel, row_stride, column_stride, taps, start, out, out_row,
+                         out_pixel);
+  else
+    convolve_as<A, false>(rows, columns, channels, in, in_pixel, row_stride, column_stride, taps, start, out, out_row,
+                          out_pixel);
+}
 
-template <class A> void Depthwise<A>::convolve_block(const A *frame, const Block &block, A *out) const {
+template <class A>
+template <class I, class Out>
+void Depthwise<A>::convolve_block(const I *frame, const Block &block, Out *out) const {
   for (int64_t c = 0; c < vectors; c += kChunk, out += kBlockSize * kChunk) {
     const int64_t pixel = image.pixel(c);
-    const A *first = frame + image.at(c, block.row * s.stride_h - s.top, block.column * s.stride_w - s.left);
+    const I *first = frame + image.at(c, block.row * s.stride_h - s.top, block.column * s.stride_w - s.left);
     convolve<A>(block.rows, block.columns, pixel, first, pixel, s.stride_h * image.row(c), s.stride_w * pixel,
-                tap_offset, taps, weights + c, vectors, nullptr, out, block.columns * kChunk, kChunk);
+                {tap_offset, taps, weights + c, vectors, threes() && s.stride_w == 1}, nullptr, out,
+                block.columns * kChunk, kChunk);
   }
 }
 
@@ -465,12 +561,17 @@ struct Depth {
   int64_t first, rest;
 };
 
-// Chunk k of the left operand starts at a + k * a_chunk; element (m, k) of a chunk is at m * kRowStride + k *
-// kTermStride. The right operand has its terms one after another, b_term elements apart. The order of the summation
+// For numbers N that take several terms at once: those of a group are side by side in both operands, and what follows
+// the last term up to a whole group is zero.
+template <class N> constexpr int64_t groups(int64_t terms) { return parts(terms, N::kGroup); }
+
+// Chunk k of the left operand starts at a + k * a_chunk; group k of row m of a chunk is at m * kRowStride + k *
+// kGroupStride. The right operand has its groups one after another, b_group elements apart. The order of the summation
 // depends on nothing but the depth.
-template <class A, int kRows, int kVectors, int kRowStride, int kTermStride>
-static void multiply_tile(Depth depth, const A *a, int64_t a_chunk, const A *b, int64_t b_term, A *c, int64_t c_row,
-                          bool add) {
+template <class N, int kRows, int kVectors, int kRowStride, int kGroupStride>
+static void multiply_tile(Depth depth, const typename N::Elem *a, int64_t a_chunk, const typename N::Elem *b,
+                          int64_t b_group, typename N::Acc *c, int64_t c_row, bool add) {
+  using A = typename N::Acc;
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -482,18 +583,17 @@ static void multiply_tile(Depth depth, const A *a, int64_t a_chunk, const A *b, 
   int64_t next = depth.rest;
   while (left > 0) {
     const int64_t terms = smaller(left, kChunk);
-    const A *p = a;
-    for (int64_t k = 0; k < terms; ++k, p += kTermStride, b += b_term) {
+    const typename N::Elem *p = a;
+    for (int64_t k = 0; k < groups<N>(terms); ++k, p += kGroupStride, b += b_group) {
       Vec<A> right[kVectors];
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; ++n)
-        right[n] = load(b + n * kLanes<A>);
+        right[n] = N::load_weights(b + n * kLanes<A> * N::kGroup);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const Vec<A> factor = splat<A>(p[m * kRowStride]);
 #pragma GCC unroll 2
         for (int n = 0; n < kVectors; ++n)
-          sum[m][n] = fma(factor, right[n], sum[m][n]);
+          sum[m][n] = N::multiply_add(sum[m][n], p + m * kRowStride, right[n]);
       }
     }
     a += a_chunk;
@@ -511,74 +611,104 @@ static void multiply_tile(Depth depth, const A *a, int64_t a_chunk, const A *b, 
   }
 }
 
-template <class A, int kRows, int kVectors, int kRowStride, int kTermStride>
-static FC_INLINE void multiply_rows(int64_t rows, Depth depth, const A *a, int64_t a_chunk, const A *b, int64_t b_term,
-                                    A *c, int64_t c_row, bool add) {
+template <class N, int kRows, int kVectors, int kRowStride, int kGroupStride>
+static FC_INLINE void multiply_rows(int64_t rows, Depth depth, const typename N::Elem *a, int64_t a_chunk,
+                                    const typename N::Elem *b, int64_t b_group, typename N::Acc *c, int64_t c_row,
+                                    bool add) {
   if (rows == kRows)
-    return multiply_tile<A, kRows, kVectors, kRowStride, kTermStride>(depth, a, a_chunk, b, b_term, c, c_row, add);
+    return multiply_tile<N, kRows, kVectors, kRowStride, kGroupStride>(depth, a, a_chunk, b, b_group, c, c_row, add);
   if constexpr (kRows > 1)
-    multiply_rows<A, kRows - 1, kVectors, kRowStride, kTermStride>(rows, depth, a, a_chunk, b, b_term, c, c_row, add);
+    multiply_rows<N, kRows - 1, kVectors, kRowStride, kGroupStride>(rows, depth, a, a_chunk, b, b_group, c, c_row, add);
 }
 
 // c (rows, vectors) = [c +] a (rows, depth) * b (depth, vectors), vectors 1 or 2, in tiles of nearly equal height.
-template <class A, int kRowStride, int kTermStride>
-static void multiply(int64_t rows, int64_t vectors, Depth depth, const A *a, int64_t a_chunk, const A *b,
-                     int64_t b_term, A *c, int64_t c_row, bool add) {
+template <class N, int kRowStride, int kGroupStride>
+static void multiply(int64_t rows, int64_t vectors, Depth depth, const typename N::Elem *a, int64_t a_chunk,
+                     const typename N::Elem *b, int64_t b_group, typename N::Acc *c, int64_t c_row, bool add) {
   const int64_t tiles = parts(rows, kTileRows);
   for (int64_t k = 0; k < tiles; ++k) {
     const int64_t begin = k * rows / tiles, count = (k + 1) * rows / tiles - begin;
-    const A *p = a + begin * kRowStride;
-    A *q = c + begin * c_row;
+    const typename N::Elem *p = a + begin * kRowStride;
+    typename N::Acc *q = c + begin * c_row;
     if (vectors == 2)
-      multiply_rows<A, kTileRows, 2, kRowStride, kTermStride>(count, depth, p, a_chunk, b, b_term, q, c_row, add);
+      multiply_rows<N, kTileRows, 2, kRowStride, kGroupStride>(count, depth, p, a_chunk, b, b_group, q, c_row, add);
     else
-      multiply_rows<A, kTileRows, 1, kRowStride, kTermStride>(count, depth, p, a_chunk, b, b_term, q, c_row, add);
+      multiply_rows<N, kTileRows, 1, kRowStride, kGroupStride>(count, depth, p, a_chunk, b, b_group, q, c_row, add);
   }
 }
 
 // The right operand of a product (rows, depth) x (depth, outputs), packed for it: panels of two vectors of outputs (the
-// last may be one vector), the terms of a panel one after another.
-template <class A> struct Packed {
-  int64_t outputs, depth;
-  A *data;
+// last may be one vector), the groups of a panel one after another.
+template <class N> struct Packed {
+  using A = typename N::Acc;
+  using Elem = typename N::Elem;
+  int64_t outputs;
+  Depth depth;
+  Elem *data;
   static constexpr int64_t kPanel = kTileVectors * kLanes<A>;
 
   int64_t panels() const { return parts(outputs, kPanel); }
   int64_t vectors(int64_t panel) const { return smaller(kTileVectors, parts(outputs - panel * kPanel, kLanes<A>)); }
-  const A *panel(int64_t k) const { return data + k * kPanel * depth; }
-  void carve(Carver &carver) { data = carver.take<A>(whole_vectors<A>(outputs) * depth); }
+  int64_t group(int64_t panel) const { return vectors(panel) * kLanes<A> * N::kGroup; } // elements of one
+  int64_t terms() const { return (groups<N>(depth.first) + groups<N>(depth.rest)) * N::kGroup; }
+  const Elem *panel(int64_t k) const { return data + k * kPanel * terms(); }
+  void carve(Carver &carver) { data = carver.take<Elem>(whole_vectors<A>(outputs) * terms()); }
 
-  // Terms first, first + terms of one panel, from a matrix with element (output, term) at
-  // output * output_stride + term * term_stride; one of the strides is 1.
+  // z (rows, vectors of the panel) = a * this panel; the rows of a chunk of `a` are kChunk elements apart, those of z
+  // kPanel.
+  void multiply(int64_t k, int64_t rows, const Elem *a, int64_t a_chunk, A *z) const {
+    FC_ISA::multiply<N, kChunk, N::kGroup>(rows, vectors(k), depth, a, a_chunk, panel(k), group(k), z, kPanel, false);
+  }
+
+  // All terms of the first part of one panel, or of the rest, from a matrix with element (output, term) at output *
+  // output_stride + term * term_stride; one of the strides is 1.
   template <class T>
-  void fill(int64_t panel, int64_t first, int64_t terms, const T *weight, int64_t output_stride,
-            int64_t term_stride) const {
-    constexpr int64_t n = kLanes<A>;
-    const int64_t width = vectors(panel) * n;
+  void fill(int64_t panel, bool rest, const T *weight, int64_t output_stride, int64_t term_stride) const {
+    constexpr int64_t n = kLanes<A>, g = N::kGroup;
+    const int64_t terms = rest ? depth.rest : depth.first, width = group(panel);
+    Elem *first = data + panel * kPanel * this->terms() + (rest ? groups<N>(depth.first) * width : 0);
     for (int64_t v = 0; v < vectors(panel); ++v) {
       const int64_t output = panel * kPanel + v * n, count = smaller(n, outputs - output);
-      A *to = data + panel * kPanel * depth + first * width + v * n;
+      Elem *to = first + v * n * g;
       const T *from = weight + output * output_stride;
       int64_t k = 0;
       if (term_stride == 1 && count == n) {
-        for (; k + n <= terms; k += n) {
+        for (; k + n * g <= terms; k += n * g) {
           Vec<A> tile[n];
           for (int64_t j = 0; j < n; ++j)
-            tile[j] = load_as<A>(from + j * output_stride + k);
+            tile[j] = load_groups(from + j * output_stride + k);
           transpose<A>(tile);
           for (int64_t j = 0; j < n; ++j)
-            store(to + (k + j) * width, tile[j]);
+            store(reinterpret_cast<A *>(to + (k / g + j) * width), tile[j]);
         }
       }
-      for (; k < terms; ++k) {
+      for (; k < terms; k += g) {
+        Elem *at = to + k / g * width;
+        const T *term = from + k * term_stride;
         if (output_stride == 1) {
-          store(to + k * width, load_first_as<A>(from + k * term_stride, int(count)));
+          if constexpr (g == 1)
+            store(at, load_first_as<A>(term, int(count)));
+          else
+            store(reinterpret_cast<A *>(at),
+                  load_pairs(term, k + 1 < terms ? term + term_stride : nullptr, int(count)));
           continue;
         }
-        for (int64_t j = 0; j < n; ++j)
-          to[k * width + j] = j < count ? convert<A>(from[j * output_stride + k * term_stride]) : A(0);
+        for (int64_t j = 0; j < n; ++j) {
+          for (int64_t i = 0; i < g; ++i)
+            at[j * g + i] =
+                j < count && k + i < terms ? convert<Elem>(term[j * output_stride + i * term_stride]) : Elem{};
+        }
       }
     }
+  }
+
+private:
+  // A group for each lane.
+  template <class T> static FC_INLINE Vec<A> load_groups(const T *p) {
+    if constexpr (N::kGroup == 1)
+      return load_as<A>(p);
+    else
+      return load(reinterpret_cast<const A *>(p));
   }
 };
 
