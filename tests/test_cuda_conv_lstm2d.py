@@ -12,7 +12,7 @@ from kernel_checks import check_against_reference, check_repeatable
 
 from fused_convlstm import functional as FC
 from fused_convlstm.backends import BackendError
-from fused_convlstm.backends.cuda import conv_lstm2d
+from fused_convlstm.backends.cuda import CudaBackend, conv_lstm2d
 from fused_convlstm.backends.cuda.parameters import gather, round_to_tf32
 
 DEFAULT = Case()
@@ -246,3 +246,15 @@ def test_step_zero_may_lie_below_address_zero() -> None:
 def test_refusals(case: Case, dtype: torch.dtype, reason: str) -> None:
     with host_backend() as backend, pytest.raises(BackendError, match=reason):
         run(case, make_tensors(case).to(dtype), backend)
+
+
+def test_a_device_that_cannot_run_the_extension_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_code(*_: object) -> int:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(CudaBackend, "_module", load())
+    monkeypatch.setattr(CudaBackend, "_shared_bytes", no_code)
+    assert CudaBackend()._refuse_device(torch.device("cuda", 0)) == (
+        "the extension, built for host, cannot run on the device (no kernel image is available)"
+    )

@@ -131,7 +131,7 @@ void bind_pooled_gate(py::module_ &m) {
       },
       "Shared memory that a block needs.");
   m.def("shared_bytes_per_block", &PooledGateLaunchers<MathHalf>::device_shared_bytes,
-        "Shared memory that it may have.");
+        "Shared memory that it may have; raises RuntimeError if the device cannot run the kernels.");
 }
 
 void bind_conv_lstm(py::module_ &m) {

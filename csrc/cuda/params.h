@@ -146,7 +146,7 @@ template <class Math> struct PooledGateLaunchers {
   static void forward(const PooledGateForward &p);
   static void backward(const PooledGateBackward &p);
   static int64_t shared_bytes(int channels);  // that a block needs
-  static int device_shared_bytes(int device); // that a block may have
+  static int device_shared_bytes(int device); // that a block may have; throws if the device cannot run the kernels
 };
 
 } // namespace fused_convlstm

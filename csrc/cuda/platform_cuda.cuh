@@ -263,15 +263,17 @@ int resident_blocks(const char *name, void (*kernel)(Params), unsigned threads, 
   return blocks * facts.multiprocessors;
 }
 
+// What the current device's code of a kernel was compiled for, as a compute capability; throws if there is none.
+template <class Params> int code_version(const char *name, void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name, "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
+}
+
 // Whether blocks of this kernel form clusters: on a device that has them, unless the code there is the PTX of an older
 // one.
 template <class Params> bool has_clusters(const char *name, void (*kernel)(Params), const DeviceFacts &facts) {
-  if (facts.compute_capability < 90) {
-    return false;
-  }
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), name, "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90;
+  return facts.compute_capability >= 90 && code_version(name, kernel) >= 90;
 }
 
 template <class Params> void launch(const Launch &l, void (*kernel)(Params), Params params) {

@@ -709,7 +709,9 @@ template <class Math> void PooledGateLaunchers<Math>::backward(const PooledGateB
 }
 
 template <class Math> int PooledGateLaunchers<Math>::device_shared_bytes(int device) {
-  return device_facts(device, "pooled_gate").shared_bytes_per_block;
+  const DeviceGuard guard(device, "pooled_gate_forward");
+  code_version("pooled_gate_forward", pooled_gate_forward<Math>);
+  return device_facts(device, "pooled_gate_forward").shared_bytes_per_block;
 }
 
 template <class Math> int64_t PooledGateLaunchers<Math>::shared_bytes(int channels) {

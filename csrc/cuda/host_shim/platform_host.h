@@ -258,6 +258,8 @@ template <class Params> int resident_blocks(const char *, void (*)(Params), unsi
   return host::settings().resident_blocks;
 }
 
+template <class Params> int code_version(const char *, void (*)(Params)) { return host::settings().compute_capability; }
+
 template <class Params> bool has_clusters(const char *, void (*)(Params), const DeviceFacts &facts) {
   return facts.compute_capability >= 90;
 }

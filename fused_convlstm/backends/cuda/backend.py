@@ -88,6 +88,10 @@ class CudaBackend(Backend):
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             return f"compute capability {capability[0]}.{capability[1]}: 8.0 and later are served"
+        try:
+            self._shared_bytes(device)
+        except RuntimeError as error:  # not compiled for it, or by a newer CUDA than the driver's
+            return f"the extension, built for {self._module.architectures}, cannot run on the device ({error})"
         return None
 
     def decline(self, call: Call) -> str | None:
