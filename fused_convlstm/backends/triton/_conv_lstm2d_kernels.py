@@ -218,9 +218,14 @@ def conv_lstm2d_forward_kernel(
     pixel = m % (H * W)
     y = pixel // W
     x = pixel % W
+    n_0 = nb * BN
     if WIDE:
         m = m.to(tl.int64)
         b = b.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+        n_0 = n_0.to(tl.int64)
     if HAS_FLAGS:
         flag = tl.load(flags_ptr + t.to(tl.int64) * B + b, mask=row_ok, other=0).to(tl.int32)
         past_end = (flag & 2) != 0
@@ -262,6 +267,8 @@ def conv_lstm2d_forward_kernel(
         x_base = x_ptr + in_t.to(tl.int64) * x_stride_t + group * XCG * x_stride_c
         x_rows = b * x_stride_b
         xk = tl.arange(0, XBK)
+        if WIDE:
+            xk = xk.to(tl.int64)
         xw_tile = wx_ptr + (group * NB + nb) * (4 * BN * XKP) + columns[None, :] * XKP + xk[:, None]
         if X_FLAT:
             for i in range(XKB):
@@ -292,7 +299,6 @@ def conv_lstm2d_forward_kernel(
                 acc = tl.dot(a, w, acc, input_precision=PRECISION)
 
     z_i, z_f, z_g, z_o = split_gates(acc, BM, BN)
-    n_0 = nb * BN
     if SLICES == 1:
         _forward_cell(
             z_i, z_f, z_g, z_o, n_0 + tl.arange(0, BN),
@@ -470,10 +476,15 @@ def conv_lstm2d_backward_kernel(
     pixel = m % (H * W)
     y = pixel // W
     x = pixel % W
+    n_0 = nb * BN
     if WIDE:
         m = m.to(tl.int64)
         b = b.to(tl.int64)
-    n = nb * BN + tl.arange(0, BN)
+        pixel = pixel.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+        n_0 = n_0.to(tl.int64)
+    n = n_0 + tl.arange(0, BN)
     n_ok = n < CG
     column = group * CG + n
     mask = row_ok[:, None] & n_ok[None, :]
@@ -528,7 +539,6 @@ def conv_lstm2d_backward_kernel(
             )  # fmt: skip
         elif SLICES == 2:
             dh_0, dh_1 = halves(dh, BM, BN)
-            n_0 = nb * BN
             _backward_cell(
                 dh_0, n_0 + tl.arange(0, BN // 2),
                 m, b, pixel, y, x, row_ok, group, t, dz_out_t, gates_t, c_before_t, dz_ptr,
@@ -547,7 +557,6 @@ def conv_lstm2d_backward_kernel(
             left, right = halves(dh, BM, BN)
             dh_0, dh_1 = halves(left, BM, BN // 2)
             dh_2, dh_3 = halves(right, BM, BN // 2)
-            n_0 = nb * BN
             _backward_cell(
                 dh_0, n_0 + tl.arange(0, BN // 4),
                 m, b, pixel, y, x, row_ok, group, t, dz_out_t, gates_t, c_before_t, dz_ptr,

@@ -220,12 +220,16 @@ def pooled_gate_forward_kernel(
     n = (pid % NB) * BN + tl.arange(0, BN)
     tile = (pid // NB) % tiles
     b = pid // (NB * tiles)
-    if WIDE:
-        b = b.to(tl.int64)
     pixel = tile * BM + tl.arange(0, BM)
     row_ok = pixel < H * W
     y = pixel // W
     x = pixel % W
+    if WIDE:
+        b = b.to(tl.int64)
+        n = n.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
     if HAS_FLAGS:
         flag = tl.load(flags_ptr + t.to(tl.int64) * B + b + pixel * 0).to(tl.int32)  # (BM,), one value
         past_end = ((flag & 2) != 0)[:, None]
@@ -263,10 +267,10 @@ def pooled_gate_forward_kernel(
     g = tanh(acc, ACCURATE)
 
     mask = row_ok[:, None] & n_ok[None, :]
-    frame = b * (H * W * C)
+    frame = b * H * W * C
     local = (pixel * C)[:, None] + n[None, :]
     if SAVE_CANDIDATE:
-        candidate = candidate_ptr + t.to(tl.int64) * B * (H * W * C) + frame + local
+        candidate = candidate_ptr + t.to(tl.int64) * B * H * W * C + frame + local
         tl.store(candidate, g.to(candidate_ptr.dtype.element_ty), mask=mask)
     if not CANDIDATE_ONLY:
         gates = gates_ptr + t.to(tl.int64) * gates_stride_t + b * (3 * C) + n
@@ -276,7 +280,7 @@ def pooled_gate_forward_kernel(
         c_new = i_gate * g
         c_before = tl.zeros((BM, BN), dtype=tl.float32)
         if HAS_C:
-            c_before = tl.load(c_ptr + c_t.to(tl.int64) * B * (H * W * C) + frame + local, mask=mask, other=0.0)
+            c_before = tl.load(c_ptr + c_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0)
             if HAS_FLAGS:
                 c_new += f_gate * tl.where(reset, 0.0, c_before)
             else:
@@ -361,21 +365,25 @@ def pooled_gate_backward_kernel(
     n = (pid % NB) * BN + tl.arange(0, BN)
     tile = (pid // NB) % tiles
     b = pid // (NB * tiles)
-    if WIDE:
-        b = b.to(tl.int64)
     pixel = tile * BM + tl.arange(0, BM)
     row_ok = pixel < H * W
     y = pixel // W
     x = pixel % W
+    if WIDE:
+        b = b.to(tl.int64)
+        n = n.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
     n_ok = n < C
     mask = row_ok[:, None] & n_ok[None, :]
-    frame = b * (H * W * C)
+    frame = b * H * W * C
     local = (pixel * C)[:, None] + n[None, :]
 
     dh = tl.zeros((BM, BN), dtype=tl.float32)
     if CONV:
         dh = _depthwise(
-            y_ptr + y_t.to(tl.int64) * B * (H * W * C) + frame, y, x, row_ok, n, n_ok,
+            y_ptr + y_t.to(tl.int64) * B * H * W * C + frame, y, x, row_ok, n, n_ok,
             h_depthwise_ptr, H, W, W * C, C, 1, C, RH, RW, 1, 1, DIL_H, DIL_W, PAD_H, PAD_W, PADDING_MODE, True,
             BM, BN,
         )  # fmt: skip
@@ -409,14 +417,14 @@ def pooled_gate_backward_kernel(
         i_gate = tl.load(gates, mask=n_ok, other=0.0)[None, :]
         f_gate = tl.load(gates + C, mask=n_ok, other=0.0)[None, :]
         o_gate = tl.load(gates + 2 * C, mask=n_ok, other=0.0)[None, :]
-        g = tl.load(
-            candidate_ptr + candidate_t.to(tl.int64) * B * (H * W * C) + frame + local, mask=mask, other=0.0
-        ).to(tl.float32)
-        c = tl.load(c_ptr + t.to(tl.int64) * B * (H * W * C) + frame + local, mask=mask, other=0.0)
+        g = tl.load(candidate_ptr + candidate_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        c = tl.load(c_ptr + t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0)
         c_before = tl.zeros((BM, BN), dtype=tl.float32)
         if HAS_C:
             c_before = tl.load(
-                c_before_ptr + c_before_t.to(tl.int64) * B * (H * W * C) + frame + local, mask=mask, other=0.0
+                c_before_ptr + c_before_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0
             )
             if HAS_FLAGS:
                 c_before = tl.where(reset, 0.0, c_before)
@@ -436,7 +444,7 @@ def pooled_gate_backward_kernel(
             dc = tl.where(reset, 0.0, dc)
             dc = tl.where(past_end, dc_after, dc)
         tl.store(
-            dz_ptr + dz_out_t.to(tl.int64) * B * (H * W * C) + frame + local, dz.to(dz_ptr.dtype.element_ty), mask=mask
+            dz_ptr + dz_out_t.to(tl.int64) * B * H * W * C + frame + local, dz.to(dz_ptr.dtype.element_ty), mask=mask
         )
         tl.store(dc_ptr + frame + local, dc, mask=mask)
         partial = partial_ptr + (b * tiles + tile) * (3 * C) + n
