@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_convlstm.backends.triton.launch import StepLauncher
+from fused_convlstm.backends.triton.launch import StepLauncher, rounded
 from fused_convlstm.backends.triton.tile import Tile
 
 DEVICE, STREAM = 3, 0x5EED  # no defaults
@@ -129,3 +129,14 @@ def test_bound_tensors_may_lie_otherwise(recorder: RecordingDriver) -> None:
             assert addresses(recorder.launches[-1][2])[:4:3] == (tensor.data_ptr(), t)
     attributes = [source.attrs.get((0,)) == [["tt.divisibility", 16]] for source in recorder.sources]
     assert attributes == [True, False]
+
+
+def test_weights_are_rounded_to_tf32() -> None:
+    weight = torch.randn(64, 9)
+    assert rounded(weight, "ieee") is weight
+    result = rounded(weight.t(), "tf32").t()
+    assert not (result.contiguous().view(torch.int32) & 0x1FFF).any()  # nothing is left to cut off
+    assert ((result - weight).abs() <= weight.abs() * 2.0**-11).all()
+    assert abs((result - weight).mul(weight.sign()).mean()) < 1e-5  # cutting off: -2.3e-4
+    exact = torch.tensor([0.0, -0.0, 1.0, -(1 + 2**-10), torch.inf, -torch.inf, torch.nan])
+    torch.testing.assert_close(rounded(exact, "tf32"), exact, rtol=0, atol=0, equal_nan=True)

@@ -31,7 +31,7 @@ from ..frames import (
 from . import tuning
 from ._conv_lstm2d_kernels import conv_lstm2d_backward_kernel, conv_lstm2d_forward_kernel
 from ._device import GATE_ACTIVATIONS, PADDING_MODES
-from .launch import StepLauncher, convolution_precision, passes_int32
+from .launch import StepLauncher, convolution_precision, passes_int32, rounded
 from .tile import Tile
 
 
@@ -240,7 +240,7 @@ class _Problem:
         z = self.input_part(begin, end)
 
         def step(tile: Tile) -> StepLauncher:
-            packed = pack_forward(self.weight_hh, self.groups, tile.bn, self.depth(tile))
+            packed = pack_forward(rounded(self.weight_hh, self.precision), self.groups, tile.bn, self.depth(tile))
             return self.forward_step(
                 tile, count * self.batch, cells[begin:end].flatten(0, 1)[None], packed=packed, z=z,
                 h=h_before.flatten(0, 1)[None], c=c_before if c_before is None else c_before.flatten(0, 1)[None],
@@ -291,10 +291,10 @@ def forward(
         if fused_input:
             x, z = source, None
             flat, x_depth = p.input_depth(tile)
-            x_packed = pack_forward(weight_ih, p.groups, tile.bn, x_depth, flat)
+            x_packed = pack_forward(rounded(weight_ih, p.precision), p.groups, tile.bn, x_depth, flat)
         packed = None
         if h_0 is not None or p.steps > 1:
-            packed = pack_forward(weight_hh, p.groups, tile.bn, p.depth(tile))
+            packed = pack_forward(rounded(weight_hh, p.precision), p.groups, tile.bn, p.depth(tile))
 
         def launcher(first: bool) -> StepLauncher:
             h, c = (h_first, c_first) if first else (states, cells)
@@ -397,7 +397,7 @@ def backward(
 
     def prepare(tile: Tile) -> Callable[[bool, bool, bool], StepLauncher]:
         depth = tuning.depth(tile, 4 * p.group_channels, input.element_size())
-        packed = pack_backward(weight_hh, p.groups, tile.bn, depth)
+        packed = pack_backward(rounded(weight_hh, p.precision), p.groups, tile.bn, depth)
 
         def launcher(conv: bool, cell: bool, initial: bool) -> StepLauncher:
             go = grad_output if cell else None

@@ -41,12 +41,19 @@ def multiprocessors(device: torch.device) -> int:
 
 def convolution_precision(dtype: torch.dtype) -> str:
     """How the dots of a float32 convolution are computed: "tf32" where torch allows it for its own, else "ieee"."""
-    if dtype != torch.float32:
+    if dtype != torch.float32 or INTERPRETING:
         return "ieee"
     convolution = getattr(torch.backends.cudnn, "conv", None)
     if convolution is not None and hasattr(convolution, "fp32_precision"):  # torch 2.9
         return "tf32" if convolution.fp32_precision == "tf32" else "ieee"
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def rounded(weight: Tensor, precision: str) -> Tensor:
+    """``weight``, in tf32 rounded to it: the matrix instructions only cut bits off, all in one direction."""
+    if precision != "tf32":
+        return weight
+    return ((weight.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 class StepLauncher:

@@ -36,7 +36,7 @@ from ._pooled_gate_kernels import (
     pooled_gates_backward_kernel,
     pooled_gates_forward_kernel,
 )
-from .launch import StepLauncher, convolution_precision, passes_int32
+from .launch import StepLauncher, convolution_precision, passes_int32, rounded
 from .tile import Tile
 
 GATES_TILE = Tile(bm=1, bn=32, bk=64, num_warps=4, num_stages=2)  # the gate vectors: 32 channels of a sample
@@ -190,7 +190,8 @@ class _Problem:
     def pack(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Pointwise weights of x and of h for a tile."""
         depth, x_depth = self.depths(tile)
-        return _pack_pointwise(self.pointwise_ih, tile.bn, x_depth), _pack_pointwise(self.pointwise_hh, tile.bn, depth)
+        w_x, w_h = rounded(self.pointwise_ih, self.precision), rounded(self.pointwise_hh, self.precision)
+        return _pack_pointwise(w_x, tile.bn, x_depth), _pack_pointwise(w_h, tile.bn, depth)
 
     def candidate_of(self, begin: int, end: int, h_before: Tensor) -> Tensor:  # (end - begin, B, H, W, C)
         """Recomputes the candidate of the steps [begin, end): one launch, every state being known."""
@@ -468,7 +469,7 @@ def _product_step(p: _Problem, dz: Tensor, y: Tensor) -> StepLauncher:
 
     def step(tile: Tile) -> StepLauncher:
         depth = tuning.depth(tile, p.channels, dz.element_size())
-        packed = _pack_pointwise(p.pointwise_hh.t(), tile.bn, depth)
+        packed = _pack_pointwise(rounded(p.pointwise_hh, p.precision).t(), tile.bn, depth)
         absent = (
             "grad_output_ptr", "carry_ptr", "dc_ptr", "gates_ptr", "c_ptr", "c_before_ptr", "peephole_ptr",
             "flags_ptr",
