@@ -232,11 +232,15 @@ private:
       }
       team.wait();
     }
-    for_blocks(team, now, samples, blocks_, [&](int64_t b, int64_t k) { compute_block(m, scratch, now[b], b, k); });
+    for_blocks(team, now, samples, blocks_, [&](int64_t b, int64_t k) {
+      prefetch_saved(now[b], k + 1);
+      compute_block(m, scratch, now[b], b, k);
+    });
     team.wait();
     compute_gates(team, m, scratch, now, samples);
     team.wait();
     for_blocks(team, now, samples, blocks_, [&](int64_t b, int64_t k) {
+      prefetch_next(now[b], k);
       sum_weights(h_, m.h + b * h_.image.size(), m.spread_h + b * h_.spread.size(), blocks_[k], scratch.depth_h);
       if (call_.grad_depthwise_ih)
         sum_weights(x_, m.x + b * x_.image.size(), m.spread_x + b * x_.spread.size(), blocks_[k], scratch.depth_x);
@@ -285,6 +289,36 @@ private:
     if (call_.grad_output.data)
       load_block<T>(call_.grad_output, now.step, now.sample, h_.s.channels, block, m.grad_output + b * state_.size(),
                     state_);
+  }
+
+  // What compute_block reads of the caller's memory.
+  FC_INLINE void prefetch_saved(const Sample &now, int64_t index) const {
+    if (index == blocks_.count)
+      return;
+    const Block block = blocks_[index];
+    const int64_t frame = now.step * p_.batch + now.sample, before = now.before * p_.batch + now.sample;
+    for (int64_t c = 0; c < saved_.channels; c += kChunk) {
+      for (int64_t y = 0; y < block.rows; ++y) {
+        const int64_t at = saved_.at(c, block.row + y, block.column), count = block.columns * saved_.pixel(c);
+        const A *cells = static_cast<const A *>(call_.cells) + at;
+        prefetch(cells + frame * saved_.size(), count * int64_t(sizeof(A)));
+        if (now.before >= 0)
+          prefetch(cells + before * saved_.size(), count * int64_t(sizeof(A)));
+        if (call_.candidate)
+          prefetch(static_cast<const T *>(call_.candidate) + frame * saved_.size() + at, count * int64_t(sizeof(T)));
+      }
+    }
+  }
+
+  // Part `index` of the frames that the next step reads.
+  FC_INLINE void prefetch_next(const Sample &now, int64_t index) const {
+    const int64_t next = now.step + (p_.reverse ? 1 : -1), after = next + (p_.reverse ? 1 : -1);
+    if (next < 0 || next >= p_.steps)
+      return;
+    prefetch_frame<T>(p_.x, next, now.sample, x_.s.channels, x_blocks_, index, blocks_.count);
+    prefetch_frame<T>(call_.grad_output, next, now.sample, h_.s.channels, out_blocks_, index, blocks_.count);
+    if (after >= 0 && after < p_.steps)
+      prefetch_frame<T>(call_.output, after, now.sample, h_.s.channels, out_blocks_, index, blocks_.count);
   }
 
   void compute_block(const TeamMemory &m, const ThreadMemory &scratch, const Sample &now, int64_t b,
