@@ -286,9 +286,6 @@ private:
     else
       load_or_zero<T>(p_.h_0, now.sample, block, h, h_.image);
     sum_block(h, h_.image, block, m.h_sums + (b * out_blocks_.count + index) * width_);
-    if (call_.grad_output.data)
-      load_block<T>(call_.grad_output, now.step, now.sample, h_.s.channels, block, m.grad_output + b * state_.size(),
-                    state_);
   }
 
   // What compute_block reads of the caller's memory.
@@ -329,6 +326,9 @@ private:
       x_.convolve_block(m.x + b * x_.image.size(), block, scratch.y);
       h_.convolve_block(m.h + b * h_.image.size(), block, scratch.y + x_chunks_ * kBlockChunk);
     }
+    if (call_.grad_output.data)
+      load_block<T>(call_.grad_output, now.step, now.sample, h_.s.channels, block, m.grad_output + b * state_.size(),
+                    state_);
     for (int64_t panel = 0; panel < candidate_.panels(); ++panel) {
       const int64_t vectors = candidate_.vectors(panel);
       if (!call_.candidate)
@@ -673,7 +673,7 @@ private:
   const PooledGateBackward &call_;
   const PooledGateProblem &p_;
   Depthwise<A> x_, h_;
-  const Tiling x_blocks_, blocks_, out_blocks_; // of the frame, of the state, of what is read of outputs
+  const Tiling x_blocks_, blocks_, out_blocks_; // of the frame, of the state, and larger ones of the state
   const int64_t width_;                         // channels of the state in whole vectors
   const Image state_, saved_; // of gradients of the state; of cells and candidate in the caller's memory
   const int64_t x_chunks_, h_chunks_;
