@@ -233,10 +233,10 @@ class _Problem:
         h_before: Tensor,  # (end - begin, B, H, W, C)
         c_before: Tensor | None,  # the same; with peepholes
         cells: Tensor,  # (T, B, H, W, C)
-    ) -> Tensor:  # (end - begin, rows, 4 * C)
-        """Recomputes the gates of the steps [begin, end): one launch, every state being known."""
+        gates: Tensor,  # (end - begin, rows, 4 * C)
+    ) -> None:
+        """Recomputes the gates of the steps [begin, end) into ``gates``: one launch, every state being known."""
         count = end - begin
-        gates = self.input.new_empty((count, self.rows, 4 * self.channels))
         z = self.input_part(begin, end)
 
         def step(tile: Tile) -> StepLauncher:
@@ -252,7 +252,6 @@ class _Problem:
             return lambda: launch(0, 0, 0, 0, 0)
 
         step(self.forward_tile(count * self.rows, False, trial))(0, 0, 0, 0, 0)
-        return gates
 
 
 def forward(
@@ -320,6 +319,7 @@ def forward(
 
             launcher = prepare(p.forward_tile(p.rows, fused_input, trial), source, x_padding)
             launchers = [launcher(True), launcher(False)] if p.steps > 1 else [launcher(True)]
+            del trial, launcher  # which keep the first chunk's source
         else:
             for launch in launchers:
                 launch.bind("x_ptr" if fused_input else "z_ptr", source)
@@ -386,6 +386,8 @@ def backward(
     h_first, c_first = frames_of(h_0, dtype), frames_of(c_0, c_type)
 
     length = p.chunk
+    if recompute:
+        gates = input.new_empty((length, p.rows, width))  # of a chunk
     dz = input.new_empty((length + 1, p.rows, width))  # of a chunk, and of the step computed before it
     dc = p.frames(dtype=c_type)
     dc.zero_() if grad_c_n is None else dc.copy_(nhwc(grad_c_n))
@@ -444,7 +446,7 @@ def backward(
             c_before = previous_frames(cells, c_first, step_flags, begin, end, options.reverse)
         if recompute:
             assert h_before is not None
-            gates = p.gates_of(begin, end, h_before, c_before, cells)
+            p.gates_of(begin, end, h_before, c_before, cells, gates[:count])
         gates_begin = begin if recompute else 0
         if launcher is None:
 
@@ -461,9 +463,6 @@ def backward(
             for x, value in zip((dc, carry), kept, strict=False):
                 x.copy_(value)  # type: ignore[union-attr]
             launcher = prepare(tile)
-        elif recompute:
-            for launch in launchers.values():
-                launch.bind("gates_ptr", gates)
         for t in range(begin, end) if options.reverse else reversed(range(begin, end)):
             key = (t != last_step, t == first_step)
             if key not in launchers:
