@@ -54,6 +54,14 @@ def test_sweep(case: Case, dtype: torch.dtype) -> None:
     check_against_reference(case, "cpu", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sums_over_many_pixels(dtype: torch.dtype) -> None:
+    """Gradients of weights stay exact, though they are sums over all pixels of all frames."""
+    for channels in (1, 64):
+        case = replace(BASE, in_channels=channels, hidden_channels=16, size=(32, 32), steps=8, batch=2)
+        check_against_reference(case, "cpu", dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:

@@ -535,7 +535,7 @@ private:
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
       for (int k = 0; k < kWidth; ++k)
-        sum[r][k] = load(to + (r * kWidth + k) * conv.vectors);
+        sum[r][k] = Vec<A>{};
     }
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t y = (block.row + row) * conv.s.stride_h, column = block.column * conv.s.stride_w;
@@ -567,8 +567,8 @@ private:
 #pragma GCC unroll 3
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int k = 0; k < kWidth; ++k)
-        store(to + (r * kWidth + k) * conv.vectors, sum[r][k]);
+      for (int k = 0; k < kWidth; ++k, to += conv.vectors)
+        store(to, load(to) + sum[r][k]);
     }
   }
 

@@ -577,7 +577,7 @@ static void multiply_tile(Depth depth, const typename N::Elem *a, int64_t a_chun
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
     for (int n = 0; n < kVectors; ++n)
-      sum[m][n] = add ? load(c + m * c_row + n * kLanes<A>) : Vec<A>{};
+      sum[m][n] = Vec<A>{};
   }
   int64_t left = depth.first;
   int64_t next = depth.rest;
@@ -606,8 +606,10 @@ static void multiply_tile(Depth depth, const typename N::Elem *a, int64_t a_chun
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n)
-      store(c + m * c_row + n * kLanes<A>, sum[m][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      A *to = c + m * c_row + n * kLanes<A>;
+      store(to, add ? load(to) + sum[m][n] : sum[m][n]); // last: a sum of sums rounds less than one long chain
+    }
   }
 }
 
