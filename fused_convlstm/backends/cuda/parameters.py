@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,51 +130,57 @@ def input_gather(
     return gather(module, frames, kernel_size, (top, left), options.stride, options.dilation, first)
 
 
-def _chunked_k(matrix: Tensor, elements: int) -> Tensor:  # (K, N) -> (padded K / elements, N, elements)
-    """k in chunks, padded with zeros to whole stages."""
-    k = padded(matrix.size(0), elements * STAGE_CHUNKS)
-    whole = F.pad(matrix, (0, 0, 0, k - matrix.size(0)))
-    return whole.view(-1, elements, matrix.size(1)).transpose(1, 2)
+def _zero_padded(tensor: Tensor, *ends: tuple[int, int]) -> Tensor:
+    """With zeros behind it so that each dimension of ``ends``, (dimension, multiple), has a multiple of that size.
+
+    Copied only if it has to be: a short call spends most of its time on launching such copies."""
+    pads = [0] * (2 * tensor.dim())
+    for dim, multiple in ends:
+        pads[2 * (tensor.dim() - dim) - 1] = padded(tensor.size(dim), multiple) - tensor.size(dim)
+    return F.pad(tensor, pads) if any(pads) else tensor
 
 
-def pack_gates(weight: Tensor) -> Tensor:  # (4 * C, K, kh, kw) -> (k chunks, columns, elements)
+def pack_gates(weight: Tensor) -> Tensor:  # (4 * C, K, kh, kw) -> (taps, k chunks, 5 dims of columns, elements)
     """The weights of the forward product.
 
     Rows run over (tap, input channel), channels padded to whole chunks. Of every 64 columns, sixteen channels with
     their gates: see ``gates_of_thread`` in csrc/cuda/conv_lstm.cuh."""
     channels, inner, elements = weight.size(0) // 4, weight.size(1), chunk_elements(weight.dtype)
-    w = weight.reshape(2, 2, channels, inner, -1)  # gate / 2, gate % 2, channel, k, tap
-    w = F.pad(w, (0, 0, 0, padded(inner, elements) - inner, 0, padded(channels, COLUMNS // 4) - channels))
-    w = w.unflatten(2, (-1, 4, 4))  # gate / 2, gate % 2, sixteen, quad, j, k, tap
-    return _chunked_k(w.permute(6, 5, 2, 4, 0, 3, 1).flatten(2).flatten(0, 1), elements)
+    whole = weight.reshape(2, 2, channels, inner, -1)  # gate / 2, gate % 2, channel, k, tap
+    whole = _zero_padded(whole, (2, COLUMNS // 4), (3, elements))
+    # gate / 2, gate % 2, sixteen, quad, j, chunk, element, tap
+    w: Tensor = whole.unflatten(3, (-1, elements)).unflatten(2, (-1, 4, 4))
+    return w.permute(7, 5, 2, 4, 0, 3, 1, 6)
 
 
-def pack_gate_gradients(weight: Tensor) -> Tensor:  # (4 * C, K, kh, kw) -> (k chunks, columns, elements)
+def pack_gate_gradients(weight: Tensor) -> Tensor:
+    # (4 * C, K, kh, kw) -> (taps, k chunks, 4 dims of columns, elements / 4, 4)
     """The weights of the backward product.
 
     Rows run over (tap in reverse, output channel, gate), columns over the input channels: of every 32, see
     ``channels_of_thread`` in csrc/cuda/conv_lstm.cuh."""
     channels, inner, elements = weight.size(0) // 4, weight.size(1), chunk_elements(weight.dtype)
-    w = weight.reshape(4, channels, inner, -1).flip(3).permute(3, 1, 0, 2).flatten(1, 2)  # tap, (channel, gate), k
-    w = F.pad(w, (0, padded(inner, COLUMNS) - inner, 0, padded(4 * channels, elements) - 4 * channels))
-    w = w.unflatten(2, (-1, 4, 4, 2)).transpose(3, 4)  # tap, row, thirty-two, fragment, quad, e
-    return _chunked_k(w.flatten(2).flatten(0, 1), elements)
+    whole = weight.reshape(4, channels, inner, -1).flip(3)  # gate, channel, k, tap
+    whole = _zero_padded(whole, (1, elements // 4), (2, COLUMNS))
+    # gate, chunk, channel, thirty-two, fragment, quad, e, tap
+    w: Tensor = whole.unflatten(2, (-1, 4, 4, 2)).unflatten(1, (-1, elements // 4))
+    return w.permute(7, 1, 3, 5, 4, 6, 2, 0)
 
 
 def pack_pointwise(matrix: Tensor, number: int) -> Tensor:  # (K, N) -> (k chunks, columns, elements)
     """A matrix as the right operand of a product, columns in the order of ``channels_of_thread``."""
     matrix = round_to_tf32(matrix) if number == TF32 else matrix
-    k, n = matrix.shape
-    w = F.pad(matrix, (0, padded(n, COLUMNS) - n, 0, padded(k, chunk_elements(matrix.dtype)) - k))
-    w = w.view(w.size(0), -1, 4, 4, 2).transpose(2, 3)  # k, thirty-two, fragment, quad, e
-    return _chunked_k(w.flatten(1), chunk_elements(matrix.dtype)).contiguous()
+    elements = chunk_elements(matrix.dtype)
+    whole = _zero_padded(matrix, (0, elements * STAGE_CHUNKS), (1, COLUMNS))
+    # chunk, element, thirty-two, fragment, quad, e
+    w: Tensor = whole.unflatten(1, (-1, 4, 4, 2)).unflatten(0, (-1, elements))
+    return w.permute(0, 2, 4, 3, 5, 1).contiguous().view(w.size(0), -1, elements)
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:  # (C, 1, kh, kw) -> (taps, whole chunks)
-    """A depthwise kernel with its channels innermost."""
-    channels = weight.size(0)
-    whole = F.pad(weight.flatten(1).t(), (0, padded(channels, chunk_elements(weight.dtype)) - channels))
-    return whole.contiguous()
+    """A depthwise kernel with its channels innermost. A copy, because a weight may begin anywhere."""
+    whole = _zero_padded(weight.flatten(1).t(), (1, chunk_elements(weight.dtype)))
+    return whole.clone(memory_format=torch.contiguous_format)
 
 
 def round_to_tf32(weight: Tensor) -> Tensor:
@@ -182,11 +189,25 @@ def round_to_tf32(weight: Tensor) -> Tensor:
     return torch.where(weight.isnan(), weight, rounded)  # a GPU's NaN has all bits set: the sum would be -0
 
 
-def packed(pack: Any, weights: tuple[Tensor, ...], number: int) -> Tensor:
-    """Weights packed one behind the other along k, aligned."""
+def packed(pack: Callable[[Tensor], Tensor], weights: tuple[Tensor, ...], number: int) -> Tensor:
+    """Weights packed one behind the other along k, in chunks, each padded with zeros to whole stages.
+
+    -> (k chunks, columns, elements of a chunk)"""
     if number == TF32:
         weights = tuple(round_to_tf32(weight) for weight in weights)
-    return torch.cat([pack(weight) for weight in weights]).contiguous()
+    parts = [pack(weight) for weight in weights]
+    counts = [part.size(0) * part.size(1) for part in parts]
+    elements = chunk_elements(weights[0].dtype)
+    columns = parts[0][0, 0].numel() // elements
+    whole = parts[0].new_empty((sum(padded(count, STAGE_CHUNKS) for count in counts), columns, elements))
+    begin = 0
+    for part, count in zip(parts, counts, strict=True):
+        whole[begin : begin + count].view(part.shape).copy_(part)
+        end = begin + padded(count, STAGE_CHUNKS)
+        if begin + count < end:
+            whole[begin + count : end] = 0
+        begin = end
+    return whole
 
 
 def gates_innermost(weight: Tensor) -> Tensor:  # (4 * C, ...) gate-major -> (C * 4, ...)

@@ -68,7 +68,8 @@ def pack_forward(weight: Tensor, groups: int, bn: int, bk: int, flat: bool = Fal
         w = w.transpose(3, 4).reshape(4, groups, channels, taps * inner, 1)
         inner, taps = taps * inner, 1
     depth = padded(inner, bk)
-    packed = weight.new_zeros((taps, groups, blocks, 4, bn, depth))
+    fits = depth == inner and channels % bn == 0
+    packed = (weight.new_empty if fits else weight.new_zeros)((taps, groups, blocks, 4, bn, depth))
     source = w.permute(4, 1, 2, 0, 3)  # (taps, G, channels, 4, K)
     whole = channels // bn
     if whole:
@@ -83,7 +84,8 @@ def pack_backward(weight: Tensor, groups: int, bn: int, bk: int) -> Tensor:
     """(4 * C, K, kh, kw) -> (taps, G, NB * BN, KP): rows are input channels, k runs over (gate, output channel)."""
     channels, inner = weight.size(0) // 4 // groups, weight.size(1)
     taps = weight.size(2) * weight.size(3)
-    packed = weight.new_zeros((taps, groups, padded(inner, bn), padded(4 * channels, bk)))
+    size = (padded(inner, bn), padded(4 * channels, bk))
+    packed = (weight.new_empty if size == (inner, 4 * channels) else weight.new_zeros)((taps, groups, *size))
     source = weight.reshape(4, groups, channels, inner, taps).permute(4, 1, 3, 0, 2)  # (taps, G, K, 4, channels)
     packed[:, :, :inner, : 4 * channels].unflatten(3, (4, channels)).copy_(source)
     return packed
