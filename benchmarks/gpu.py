@@ -253,18 +253,22 @@ def _compile(problem: Problem, names: Sequence[str]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_ahead(problems: Sequence[Problem], seconds: float) -> None:
-    """Fills the caches of Triton and torch.compile, in as many processes as there are cores to compile on.
+def compiled(names: Sequence[str]) -> list[str]:
+    """Those of the implementations for which there is something to compile, each once."""
+    return [name for name in names if name not in PEERS[:2] and "CUDA graph" not in name]
+
+
+def compile_ahead(jobs: Sequence[tuple[Problem, list[str]]], seconds: float) -> None:
+    """Fills the caches of Triton and torch.compile by a call of each implementation, several processes at a time.
 
     What fails here fails again, and is reported, where it is measured."""
     processes = min(8, (os.cpu_count() or 1) // 2)
     if processes < 2:
         return
-    names = [PEERS[2], *(f"{backend}, channels last" for backend in usable_backends())]
     start = time.monotonic()
     with get_context("spawn").Pool(processes) as pool:  # ends what is late
-        results = [pool.apply_async(_compile, (problem, names)) for problem in problems]
+        results = [pool.apply_async(_compile, job) for job in jobs]
         for result in results:
             result.wait(max(0.0, start + seconds - time.monotonic()))
         done = sum(result.ready() for result in results)
-    print(f"compiled ahead {done} of {len(problems)} problems in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"compiled ahead {done} of {len(jobs)} problems in {time.monotonic() - start:.0f} s", flush=True)

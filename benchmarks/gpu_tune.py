@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,12 @@ def cuda_row(problem: Problem) -> dict[str, Any]:
     return {"problem": str(problem), "times": times}
 
 
-def triton_rows(problem: Problem, names: tuple[str, ...]) -> Rows:
+def triton_names(problem: Problem) -> list[str]:
+    """The implementations that launch every kernel of a problem."""
+    return [f"triton, channels last{more}" for more in (("", ", recompute") if problem.training else ("",))]
+
+
+def triton_rows(problem: Problem, names: list[str]) -> Rows:
     """Milliseconds of a launch for each kernel of this problem and each tile, and the tile chosen without them."""
     from fused_convlstm.backends.triton import tuning
 
@@ -127,6 +133,13 @@ def main() -> int:
     if path.exists() and gpu.same_run((earlier := json.loads(path.read_text()))["machine"]):
         facts = earlier
     gpu.allow_everything()
+    if "triton" in gpu.usable_backends():
+        from fused_convlstm.backends.triton.tuning import ENVIRONMENT_VARIABLE
+
+        os.environ[ENVIRONMENT_VARIABLE] = "1"  # for the processes that compile: every tile
+        left = [problem for problem in gpu.plan() if f"{problem}, triton" not in facts["done"]]
+        gpu.compile_ahead([(problem, triton_names(problem)) for problem in left], 0.4 * 60 * arguments.minutes)
+        del os.environ[ENVIRONMENT_VARIABLE]
     for problem in gpu.plan():
         for backend in gpu.usable_backends():
             what = f"{problem}, {backend}"
@@ -137,8 +150,7 @@ def main() -> int:
                 save(path, facts)
                 return 1
             if backend == "triton":
-                recompute = (f"{backend}, channels last, recompute",) if problem.training else ()
-                facts["triton"] += triton_rows(problem, (f"{backend}, channels last", *recompute))
+                facts["triton"] += triton_rows(problem, triton_names(problem))
             else:
                 facts["cuda"].append(cuda_row(problem))
             facts["done"].append(what)

@@ -75,11 +75,11 @@ def test_rows_of_the_tuning_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "prepare", lambda problem, name: choose)
     problem = gpu.plan()[0]
-    (row,) = gpu_tune.triton_rows(problem, ("triton",))
+    (row,) = gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem))
     assert row["problem"] == str(problem)
     assert row["kernel"] == tuning.FORWARD
     assert row["rows"] == 576 * 32
     assert row["chosen"] in row["times"]
     assert min(row["times"], key=lambda name: row["times"][name]) == gpu_tune.tile_name(TILES[2])
-    assert gpu_tune.triton_rows(problem, ("triton",)) == []  # known already
+    assert gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem)) == []  # known already
     assert not tuning.enabled()
