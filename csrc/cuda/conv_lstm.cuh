@@ -393,6 +393,7 @@ conv_lstm_forward_sequence(FCL_PARAMS ConvLSTMForward p) {
   const int channel = (mine.column0 + place.warp_column) / 4 + 4 * place.quad, left = p.s.channels - channel;
   const int count = left < 0 ? 0 : (left > 4 ? 4 : left);
   const bool aligned = p.s.channels % 4 == 0;
+  bool others_are_awaited = false; // h of the step before is not known to be there yet
   for (int first = mine.group * p.group.images; first < p.s.batch; first += mine.groups * p.group.images) {
     const int row0 = first * pixels + mine.row_tile * Tile::rows;
     const int last = first + p.group.images;
@@ -416,7 +417,14 @@ conv_lstm_forward_sequence(FCL_PARAMS ConvLSTMForward p) {
       const ForwardFrames frames{p, step};
       Loader<Tile, ForwardFrames> loader(frames, p.input, p.hidden, p.weight, p.columns, row0, mine.column0, rows,
                                          p.s.height, p.s.width);
-      multiply_tile<Math, Tile>(acc, loader, shared, place, resident);
+      // The product with the input needs nothing of the other blocks: it hides the meeting.
+      const auto meet = [&](int stage) {
+        if (others_are_awaited && stage == loader.first_stages()) {
+          barrier.wait();
+          others_are_awaited = false;
+        }
+      };
+      multiply_tile<Math, Tile>(acc, loader, shared, place, resident, meet);
       resident.filled = true;
 #pragma unroll
       for (int m = 0; m < Tile::fragments_m; ++m) {
@@ -444,8 +452,12 @@ conv_lstm_forward_sequence(FCL_PARAMS ConvLSTMForward p) {
         }
       }
       barrier.arrive();
-      barrier.wait();
+      others_are_awaited = true;
+      sync_block(); // nobody reads the stages of this step any more
     }
+  }
+  if (others_are_awaited) {
+    barrier.wait();
   }
 }
 

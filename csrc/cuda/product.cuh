@@ -96,6 +96,7 @@ public:
         stages_(first_stages_ + stages_of(second)) {}
 
   FCL_DEVICE int stages() const { return stages_; }
+  FCL_DEVICE int first_stages() const { return first_stages_; } // of them, those of the first frames
 
   // Issues the copies of stage `k` of the frames; called for k = 0, 1, ... in turn.
   FCL_DEVICE void load_frames(int k, char *stage) {
@@ -252,12 +253,19 @@ struct ResidentWeight {
   bool filled = false;
 };
 
-// The whole product of a tile, the copies `Tile::stages - 1` stages ahead of the arithmetic.
-template <class Math, class Tile, class Frames>
+struct Nothing {
+  FCL_DEVICE void operator()(int) const {}
+};
+
+// The whole product of a tile, the copies `Tile::stages - 1` stages ahead of the arithmetic. All threads of the block
+// call before_copy(k) before the copies of stage k.
+template <class Math, class Tile, class Frames, class BeforeCopy = Nothing>
 FCL_DEVICE void multiply_tile(Accumulators<Tile> &acc, Loader<Tile, Frames> &loader, char *shared,
-                              const Place<Tile> &place, const ResidentWeight &resident = {}) {
+                              const Place<Tile> &place, const ResidentWeight &resident = {},
+                              const BeforeCopy &before_copy = {}) {
   const int stages = loader.stages();
   const auto load = [&](int k) {
+    before_copy(k);
     char *stage = shared + k % Tile::stages * Tile::stage_bytes;
     loader.load_frames(k, stage);
     if (k >= resident.stages) {
