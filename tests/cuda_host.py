@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fused_convlstm.backends import registry
 from fused_convlstm.backends.cuda import CudaBackend
-from fused_convlstm.backends.cuda.parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels, round_to_tf32
+from fused_convlstm.backends.cuda.parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels
+from fused_convlstm.backends.tf32 import round_to_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"

@@ -13,7 +13,8 @@ from kernel_checks import check_against_reference, check_repeatable
 from fused_convlstm import functional as FC
 from fused_convlstm.backends import BackendError
 from fused_convlstm.backends.cuda import CudaBackend, conv_lstm2d
-from fused_convlstm.backends.cuda.parameters import gather, round_to_tf32
+from fused_convlstm.backends.cuda.parameters import gather
+from fused_convlstm.backends.tf32 import round_to_tf32
 
 DEFAULT = Case()
 

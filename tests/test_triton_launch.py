@@ -140,3 +140,5 @@ def test_weights_are_rounded_to_tf32() -> None:
     assert abs((result - weight).mul(weight.sign()).mean()) < 1e-5  # cutting off: -2.3e-4
     exact = torch.tensor([0.0, -0.0, 1.0, -(1 + 2**-10), torch.inf, -torch.inf, torch.nan])
     torch.testing.assert_close(rounded(exact, "tf32"), exact, rtol=0, atol=0, equal_nan=True)
+    nan_of_a_gpu = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert rounded(nan_of_a_gpu, "tf32").isnan().all()

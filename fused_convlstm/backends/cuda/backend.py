@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base import Backend
 from ..call import Call
+from ..tf32 import tf32_allowed
 from . import conv_lstm2d, measured, pooled_gate
 from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels, chunk_elements, padded
 
@@ -110,7 +111,7 @@ class CudaBackend(Backend):
     def _number(self, dtype: torch.dtype) -> int:
         """The number format: tf32 where PyTorch may use it for its own convolutions."""
         if dtype == torch.float32:
-            return TF32 if _tf32_allowed() else FLOAT32
+            return TF32 if tf32_allowed() else FLOAT32
         return HALF if dtype == torch.float16 else BFLOAT16
 
     @contextmanager
@@ -141,10 +142,3 @@ class CudaBackend(Backend):
     def pooled_gate_conv_lstm2d_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
         with self._on_device(args[3]):
             return pooled_gate.backward(self._kernels(args[3]), *args)
-
-
-def _tf32_allowed() -> bool:
-    convolution = getattr(torch.backends.cudnn, "conv", None)
-    if convolution is not None and hasattr(convolution, "fp32_precision"):  # torch 2.9 and later
-        return bool(convolution.fp32_precision == "tf32")
-    return bool(torch.backends.cudnn.allow_tf32)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..call import FLAG_PAST_END, FLAG_RESET, ConvLSTMOptions, same_padding
 from ..frames import nhwc
+from ..tf32 import round_to_tf32
 
 CHUNK_BYTES = 16  # the unit of asynchronous copies
 STAGE_CHUNKS = 4  # of k, that the products take at a time
@@ -181,12 +182,6 @@ def pack_depthwise(weight: Tensor) -> Tensor:  # (C, 1, kh, kw) -> (taps, whole 
     """A depthwise kernel with its channels innermost. A copy, because a weight may begin anywhere."""
     whole = _zero_padded(weight.flatten(1).t(), (1, chunk_elements(weight.dtype)))
     return whole.clone(memory_format=torch.contiguous_format)
-
-
-def round_to_tf32(weight: Tensor) -> Tensor:
-    """float32 weights rounded to the 10-bit mantissa of tf32, ties away from zero like the hardware's conversion."""
-    rounded = ((weight.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(weight.isnan(), weight, rounded)  # a GPU's NaN has all bits set: the sum would be -0
 
 
 def packed(pack: Callable[[Tensor], Tensor], weights: tuple[Tensor, ...], number: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..tf32 import round_to_tf32, tf32_allowed
 from .tile import Tile
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
@@ -43,17 +44,12 @@ def convolution_precision(dtype: torch.dtype) -> str:
     """How the dots of a float32 convolution are computed: "tf32" where torch allows it for its own, else "ieee"."""
     if dtype != torch.float32 or INTERPRETING:
         return "ieee"
-    convolution = getattr(torch.backends.cudnn, "conv", None)
-    if convolution is not None and hasattr(convolution, "fp32_precision"):  # torch 2.9
-        return "tf32" if convolution.fp32_precision == "tf32" else "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def rounded(weight: Tensor, precision: str) -> Tensor:
-    """``weight``, in tf32 rounded to it: the matrix instructions only cut bits off, all in one direction."""
-    if precision != "tf32":
-        return weight
-    return ((weight.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+    """``weight`` as the products in this precision take it."""
+    return round_to_tf32(weight) if precision == "tf32" else weight
 
 
 class StepLauncher:
