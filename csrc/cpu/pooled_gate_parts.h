@@ -710,7 +710,7 @@ private:
     if constexpr (N::kGroup == 1)
       return load_as<A>(p);
     else
-      return load(reinterpret_cast<const A *>(p));
+      return (Vec<A>)*reinterpret_cast<const UnalignedPairVec *>(p);
   }
 };
 

@@ -144,6 +144,7 @@ static FC_INLINE float to_float(bfloat16 x) {
 
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedHalfVec __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t UnalignedPairVec __attribute__((vector_size(kVectorBytes), aligned(2), may_alias)); // two in a lane
 typedef uint32_t BitVec __attribute__((vector_size(kVectorBytes)));
 
 // Each lane to the nearest bfloat16, still as a float.
