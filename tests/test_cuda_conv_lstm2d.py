@@ -259,3 +259,13 @@ def test_a_device_that_cannot_run_the_extension_is_refused(monkeypatch: pytest.M
     assert CudaBackend()._refuse_device(torch.device("cuda", 0)) == (
         "the extension, built for host, cannot run on the device (no kernel image is available)"
     )
+
+
+def test_the_driver_is_asked_once_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    module = type("Module", (), {"shared_bytes_per_block": lambda index: asked.append(index) or 227 * 1024})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(CudaBackend, "_module", module)
+    for index in (0, 1, 0, 1):
+        assert CudaBackend()._refuse_device(torch.device("cuda", index)) is None
+    assert asked == [0, 1]

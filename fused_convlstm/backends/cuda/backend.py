@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class CudaBackend(Backend):
     def _shared_bytes(self, device: torch.device) -> int:
         """Shared memory that a block may have."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        return int(self._module.shared_bytes_per_block(index))
+        return _shared_bytes_per_block(self._module, index)
 
     @property
     def _module(self) -> Any:
@@ -142,3 +142,9 @@ class CudaBackend(Backend):
     def pooled_gate_conv_lstm2d_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
         with self._on_device(args[3]):
             return pooled_gate.backward(self._kernels(args[3]), *args)
+
+
+@cache
+def _shared_bytes_per_block(module: Any, device: int) -> int:
+    """Asked of the driver once: every call of an operator wants to know, also one that another backend serves."""
+    return int(module.shared_bytes_per_block(device))
