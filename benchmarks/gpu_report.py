@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -297,16 +297,17 @@ def begin(path: Path) -> Report:
     return Report(gpu.machine(), suite, {}, {}, 0.0, 0.0, {}, [])
 
 
-def check(report: Report, seconds: float, log: Path) -> Iterator[None]:
-    """Suite and sanitizer, as far as they have not passed yet."""
+def check(report: Report, path: Path, seconds: float) -> None:
+    """Suite and sanitizer, as far as they have not passed yet; saved as they come."""
     if report.suite["passed"] != "yes":
-        report.suite = run_tests(0.8 * seconds, log)
-        yield
+        report.suite = run_tests(0.8 * seconds, path.with_suffix(".log"))
+        report.save(path)
     for tool in SANITIZER_TOOLS:
         for backend in gpu.usable_backends():
-            if " 0 " not in report.sanitizer.get(f"{tool}, {backend}", ""):
-                report.sanitizer[f"{tool}, {backend}"] = run_sanitizer(tool, backend, 0.1 * seconds)
-                yield
+            what = f"{tool}, {backend}"
+            if " 0 " not in report.sanitizer.get(what, ""):
+                report.sanitizer[what] = run_sanitizer(tool, backend, 0.1 * seconds)
+                report.save(path)
 
 
 def main() -> int:
@@ -324,8 +325,7 @@ def main() -> int:
     path = gpu.RESULTS / f"gpu-{gpu.slug()}.json"
     report = begin(path)
     if not arguments.skip_tests:
-        for _ in check(report, 0.55 * 60 * arguments.minutes, path.with_suffix(".log")):
-            report.save(path)
+        check(report, path, 0.55 * 60 * arguments.minutes)
     print(f"GPU suite: {report.suite['summary']}", *(f"{k}: {v}" for k, v in report.sanitizer.items()), sep="\n")
 
     gpu.allow_everything()
