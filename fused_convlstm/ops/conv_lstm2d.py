@@ -22,13 +22,12 @@ def _fake(tensors: tuple[Any, ...], options: ConvLSTMOptions, save: str) -> tupl
         options.dilation,
     )
     frames = (input.size(0), input.size(1), height, width)
-    dtype = state_dtype(input.dtype)
     return (
         empty_frames_like(input, channels, height, width),
         empty_state_like(input, channels, height, width, input.dtype),
-        empty_state_like(input, channels, height, width, dtype),
+        empty_state_like(input, channels, height, width, state_dtype(input.dtype)),
         input.new_empty((*frames, 4 * channels) if save == SAVE_GATES else (0,)),
-        input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype),
+        input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,)),
     )
 
 

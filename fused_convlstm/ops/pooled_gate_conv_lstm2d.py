@@ -31,7 +31,7 @@ def _fake(tensors: tuple[Any, ...], options: ConvLSTMOptions, save: str) -> tupl
         empty_state_like(input, channels, height, width, dtype),
         input.new_empty((steps, batch, 3 * channels) if save != SAVE_NOTHING else (0,), dtype=dtype),
         input.new_empty(frames if save == SAVE_GATES else (0,)),
-        input.new_empty(frames if save != SAVE_NOTHING else (0,), dtype=dtype),
+        input.new_empty(frames if save != SAVE_NOTHING else (0,)),
     )
 
 
