@@ -72,7 +72,7 @@ void forward(const std::vector<int64_t> &sizes, const py::tuple &inputs, const p
   if (call.save == Save::gates)
     prefer_large_pages(call.gates, 4 * elements * bytes);
   if (call.save != Save::nothing)
-    prefer_large_pages(call.cells, elements * (call.dtype == DType::float64 ? 8 : 4));
+    prefer_large_pages(call.cells, elements * bytes);
   const py::gil_scoped_release release;
   FC_DISPATCH(conv_lstm2d_forward(call))
 }

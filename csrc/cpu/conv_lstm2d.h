@@ -30,7 +30,7 @@ struct WinogradChoice {
 
 struct ConvLSTM2dCall {
   int64_t steps, batch, in_channels, channels, groups;
-  DType dtype; // of all but the cell states, which are float for bfloat16
+  DType dtype; // of all but c_0, c_n and their gradients, which are float for bfloat16
   Activation activation;
   bool reverse, pixel_peephole;
   int threads;
@@ -48,7 +48,7 @@ struct ConvLSTM2dCall {
   // Contiguous (T, B, Ho, Wo, 4 * C): a pixel's gates as [group][gate][channel of the group], after the activation, but
   // before the clamp of a hard sigmoid.
   void *gates;
-  void *cells; // contiguous (T, B, Ho, Wo, C)
+  void *cells; // contiguous (T, B, Ho, Wo, C): c after each step, for the backward
 };
 
 struct ConvLSTM2dForward : ConvLSTM2dCall {

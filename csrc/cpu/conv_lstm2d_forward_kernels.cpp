@@ -49,11 +49,10 @@ private:
     Buffer<const Elem *> x_images, h_images; // (active)
     Buffer<const Acc *> c_images;            // (active), before the step
     Buffer<Elem *> new_h;                    // (active)
-    Buffer<Acc *> new_c;                     // (active)
 
     explicit ThreadState(int64_t batch)
         : h(batch), c(batch), parity(batch), active(batch), x_images(batch), h_images(batch), c_images(batch),
-          new_h(batch), new_c(batch) {}
+          new_h(batch) {}
   };
 
   Elem *h_slot(int64_t b, int parity) const {
@@ -62,8 +61,9 @@ private:
   Elem *input_slot(int64_t s) const {
     return input_rows_.get() + s % 2 * call_.batch * input_conv_.image_rows() * input_conv_.row.size();
   }
-  Acc *saved_cells(int64_t t, int64_t b) const {
-    return static_cast<Acc *>(call_.cells) + (t * call_.batch + b) * pixels_ * call_.channels;
+  Acc *cell_slot(int64_t b) const { return cell_rows_.get() + b * pixels_ * call_.channels; }
+  Io *saved_cells(int64_t t, int64_t b) const {
+    return static_cast<Io *>(call_.cells) + (t * call_.batch + b) * pixels_ * call_.channels;
   }
 
   void pack_input(int64_t s, int thread, int threads) {
@@ -101,7 +101,7 @@ private:
 #pragma omp barrier
     for (int64_t b = 0; b < batch; ++b) {
       state.h[b] = call_.h_0 ? h_slot(b, 0) : nullptr;
-      state.c[b] = call_.c_0 ? cell_rows_.get() + b * pixels_ * call_.channels : nullptr;
+      state.c[b] = call_.c_0 ? cell_slot(b) : nullptr;
       state.parity[b] = 1;
     }
     for (int64_t s = 0; s < call_.steps; ++s) {
@@ -123,7 +123,7 @@ private:
       const uint8_t flags = flags_of(call_, s, b);
       if (flags & kFlagPastEnd) {
         if (b % threads == thread)
-          pass_over(state, t, b);
+          pass_over(t, b);
         continue;
       }
       const bool reset = flags & kFlagReset;
@@ -132,10 +132,8 @@ private:
       state.h_images[count] = reset ? nullptr : state.h[b];
       state.c_images[count] = reset ? nullptr : state.c[b];
       state.new_h[count] = h_slot(b, state.parity[b]);
-      state.new_c[count] =
-          call_.save == Save::nothing ? cell_rows_.get() + b * pixels_ * call_.channels : saved_cells(t, b);
       state.h[b] = state.new_h[count];
-      state.c[b] = state.new_c[count];
+      state.c[b] = cell_slot(b);
       state.parity[b] ^= 1;
       ++count;
     }
@@ -144,19 +142,15 @@ private:
         [&](int64_t block, int64_t begin, int64_t end, Acc *sums) { update_cells(state, t, block, begin, end, sums); });
   }
 
-  // A step past the end of sample b: the state stays, the output is zero.
-  void pass_over(const ThreadState &state, int64_t t, int64_t b) {
+  // A step past the end of sample b: the output is zero; what is saved is never read, but has to have a value.
+  void pass_over(int64_t t, int64_t b) {
     Io *to = static_cast<Io *>(call_.output.data) + frame_of(call_.output, t, b);
     for (int64_t p = 0; p < pixels_; ++p)
       for (int64_t c = 0; c < call_.channels; ++c)
         to[p * call_.output.stride[4] + c * call_.output.stride[2]] = Io{};
     if (call_.save == Save::nothing)
       return;
-    const size_t bytes = size_t(pixels_ * call_.channels) * sizeof(Acc);
-    if (state.c[b] != nullptr)
-      std::memcpy(saved_cells(t, b), state.c[b], bytes);
-    else
-      std::memset(saved_cells(t, b), 0, bytes);
+    std::memset(static_cast<void *>(saved_cells(t, b)), 0, size_t(pixels_ * call_.channels) * sizeof(Io));
     if (call_.save == Save::gates)
       std::memset(static_cast<Io *>(call_.gates) + (t * call_.batch + b) * pixels_ * 4 * call_.channels, 0,
                   size_t(pixels_ * 4 * call_.channels) * sizeof(Io));
@@ -180,7 +174,8 @@ private:
       const int64_t image = k / pixels_, pixel = k % pixels_, run = smaller(end - k, pixels_ - pixel);
       const int64_t b = state.active[image];
       const Acc *c_old = state.c_images[image];
-      Acc *c_new = state.new_c[image] + pixel * channels + channel;
+      Acc *c_new = cell_slot(b) + pixel * channels + channel;
+      Io *saved = call_.save == Save::nothing ? nullptr : saved_cells(t, b) + pixel * channels + channel;
       Elem *h_new = state.new_h[image] + pixel * h_row + h_channel;
       if (c_old != nullptr)
         c_old += pixel * channels + channel;
@@ -214,6 +209,8 @@ private:
         if constexpr (sizeof(Io) == 2 && sizeof(Elem) == 4)
           h = round_to_bfloat16(h); // the state is what the caller sees
         store_first(c_new + p * channels, c, lanes);
+        if (saved != nullptr)
+          store_first_as<Acc>(saved + p * channels, c, lanes);
         store_first_as<Acc>(h_new + p * h_row, h, lanes);
         if (gates != nullptr) {
           Io *to = gates + p * 4 * channels;
@@ -252,7 +249,7 @@ private:
   Row cell_row_;
   Buffer<Elem> input_rows_; // two frames of all samples: the one that is read and the next
   Buffer<Elem> h_rows_;     // before and after the step
-  Buffer<Acc> cell_rows_;   // c_0, then c unless every step's c is saved
+  Buffer<Acc> cell_rows_;   // c_0, then c
 };
 
 } // namespace

@@ -121,7 +121,7 @@ void forward(const py::kwargs &kwargs) {
   if (call.candidate)
     prefer_large_pages(call.candidate, image_bytes(call.problem, call.problem.recurrent, element_size(type)));
   if (call.cells)
-    prefer_large_pages(call.cells, image_bytes(call.problem, call.problem.recurrent, type == DType::float64 ? 8 : 4));
+    prefer_large_pages(call.cells, image_bytes(call.problem, call.problem.recurrent, element_size(type)));
   dispatch_forward(call, type, threads);
 }
 

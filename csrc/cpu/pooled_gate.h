@@ -48,7 +48,7 @@ struct PooledGateForward {
   Frames output, h_n, c_n;
   void *gates;     // (T, B, 3 * C) as open_gate() returns them, in the type of the cell state; or null
   void *candidate; // (T, B, Ho, Wo, C), in the type of the input; or null
-  void *cells;     // (T, B, Ho, Wo, C), in the type of the cell state; or null
+  void *cells;     // (T, B, Ho, Wo, C), in the type of the input; or null
 };
 
 // Gradients are null where they are not wanted. Those of the gate weights are products of three small matrices that

@@ -297,10 +297,10 @@ private:
     for (int64_t c = 0; c < saved_.channels; c += kChunk) {
       for (int64_t y = 0; y < block.rows; ++y) {
         const int64_t at = saved_.at(c, block.row + y, block.column), count = block.columns * saved_.pixel(c);
-        const A *cells = static_cast<const A *>(call_.cells) + at;
-        prefetch(cells + frame * saved_.size(), count * int64_t(sizeof(A)));
+        const T *cells = static_cast<const T *>(call_.cells) + at;
+        prefetch(cells + frame * saved_.size(), count * int64_t(sizeof(T)));
         if (now.before >= 0)
-          prefetch(cells + before * saved_.size(), count * int64_t(sizeof(A)));
+          prefetch(cells + before * saved_.size(), count * int64_t(sizeof(T)));
         if (call_.candidate)
           prefetch(static_cast<const T *>(call_.candidate) + frame * saved_.size() + at, count * int64_t(sizeof(T)));
       }
@@ -391,8 +391,8 @@ private:
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t y = block.row + row, at = b * state_.size() + state_.at(c, y, block.column),
                     saved = saved_.at(c, y, block.column);
-      const A *cell = static_cast<const A *>(call_.cells) + frame + saved;
-      const A *cell_before = now.before < 0 ? nullptr : static_cast<const A *>(call_.cells) + frame_before + saved;
+      const T *cell = static_cast<const T *>(call_.cells) + frame + saved;
+      const T *cell_before = now.before < 0 ? nullptr : static_cast<const T *>(call_.cells) + frame_before + saved;
       const T *candidate = call_.candidate ? static_cast<const T *>(call_.candidate) + frame + saved : nullptr;
       const A *dh_state = m.grad_h + b * h_.image.size() + h_.image.at(c, y, block.column);
       A *dc_state = m.grad_c + at;
@@ -403,9 +403,9 @@ private:
         const Vec<A> g =
             candidate ? load_first_as<A>(candidate + x * saved_pixel, count) : CellFunctions<N>::tanh(load(z) + bias);
         const Vec<A> c_before = now.reset     ? Vec<A>{}
-                                : cell_before ? load_first(cell_before + x * saved_pixel, count)
+                                : cell_before ? load_first_as<A>(cell_before + x * saved_pixel, count)
                                               : load(m.c_0 + at + x * pixel);
-        const Vec<A> tanh_c = CellFunctions<N>::tanh(load_first(cell + x * saved_pixel, count));
+        const Vec<A> tanh_c = CellFunctions<N>::tanh(load_first_as<A>(cell + x * saved_pixel, count));
         const Vec<A> dc = fma(dh * o, A(1) - tanh_c * tanh_c, load(dc_state + x * pixel));
         const Vec<A> dz_now = dc * i * (A(1) - g * g);
         sum_i = fma(dc, g, sum_i);

@@ -292,7 +292,7 @@ private:
     Vec<A> sum{};
     for (int64_t row = 0; row < block.rows; ++row, z += block.columns * Packed<N>::kPanel) {
       const int64_t y = block.row + row, saved = frame + saved_.at(c, y, block.column);
-      A *cells = call_.cells ? static_cast<A *>(call_.cells) + saved : nullptr;
+      T *cells = call_.cells ? static_cast<T *>(call_.cells) + saved : nullptr;
       T *candidate = call_.candidate ? static_cast<T *>(call_.candidate) + saved : nullptr;
       sum = update_row(sum, block.columns, z, bias, i, f, o, m.c + b * state_.size() + state_.at(c, y, block.column),
                        state_.pixel(c), h_next + h_.image.at(c, y, block.column), h_.image.pixel(c), cells, candidate,
@@ -304,7 +304,7 @@ private:
   // Returns `sum` and what the new state adds to it. Not inline: its loop needs all registers.
   __attribute__((noinline)) static Vec<A> update_row(Vec<A> sum, int64_t columns, const A *z, Vec<A> bias, Vec<A> i,
                                                      Vec<A> f, Vec<A> o, A *cell, int64_t cell_pixel, T *h,
-                                                     int64_t h_pixel, A *cells, T *candidate, int64_t saved_pixel,
+                                                     int64_t h_pixel, T *cells, T *candidate, int64_t saved_pixel,
                                                      int count) {
     constexpr int kAtOnce = 4; // pixels, whose chains of operations overlap
     const auto update = [&](auto pixels, int64_t x) FC_LAMBDA_INLINE {
@@ -328,7 +328,7 @@ private:
       for (int k = 0; k < kPixels; ++k)
         sum += load_as<A>(h + (x + k) * h_pixel); // as rounded
       for (int k = 0; cells && k < kPixels; ++k)
-        store_first(cells + (x + k) * saved_pixel, c[k], count);
+        store_first_as<A>(cells + (x + k) * saved_pixel, c[k], count);
       for (int k = 0; candidate && k < kPixels; ++k)
         store_first_as<A>(candidate + (x + k) * saved_pixel, g[k], count);
     };
@@ -348,7 +348,7 @@ private:
       for (int64_t y = block.row; y < block.row + block.rows; ++y) {
         for (int64_t x = block.column; x < block.column + block.columns; ++x) {
           if (call_.cells)
-            static_cast<A *>(call_.cells)[frame + saved_.at(c, y, x)] = A(0);
+            static_cast<T *>(call_.cells)[frame + saved_.at(c, y, x)] = convert<T>(A(0));
           if (call_.candidate)
             static_cast<T *>(call_.candidate)[frame + saved_.at(c, y, x)] = convert<T>(A(0));
         }

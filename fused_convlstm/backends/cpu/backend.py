@@ -90,13 +90,12 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         channels = weight_ih.size(0) // 4
         size = _state_size(input, weight_ih, options)
-        dtype = state_dtype(input.dtype)
         output = empty_frames_like(input, channels, *size)
         h_n = empty_state_like(input, channels, *size, input.dtype)
-        c_n = empty_state_like(input, channels, *size, dtype)
+        c_n = empty_state_like(input, channels, *size, state_dtype(input.dtype))
         frames = (input.size(0), input.size(1), *size)
         gates = input.new_empty((*frames, 4 * channels) if save == SAVE_GATES else (0,))
-        cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
+        cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,))
         transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
         if transformed.gates:
             registry.note(f"cpu: gates by Winograd's {winograd.filter_name(transformed.gates)}")

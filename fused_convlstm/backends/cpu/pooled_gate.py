@@ -82,7 +82,7 @@ def forward(
     c_n = empty_state_like(input, channels, *state_size, dtype)
     gates = input.new_empty((steps, batch, 3 * channels) if save != SAVE_NOTHING else (0,), dtype=dtype)
     candidate = input.new_empty(frames if save == SAVE_GATES else (0,))
-    cells = input.new_empty(frames if save != SAVE_NOTHING else (0,), dtype=dtype)
+    cells = input.new_empty(frames if save != SAVE_NOTHING else (0,))
     _cpu.pooled_gate_forward(
         **_arguments(input, h_0, c_0, weights, step_flags, options, state_size),
         output=view(output),
