@@ -52,6 +52,24 @@ def check_repeatable(case: Case, backend: str, dtype: torch.dtype, device: str =
     assert_same_bits(run(case, tensors, backend), run(case, tensors, backend))
 
 
+def check_saved_cells(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """What is kept for the backward pass are the cells in the type of the input; the state itself is not rounded."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        c_n = run(case, make_tensors(case).to(dtype, device), backend)["c_n"]
+    cells = kept[-1]  # (T, B, Ho, Wo, C): the operator's last result
+    assert cells.dtype == dtype
+    rounded = c_n.to(dtype)
+    last = cells[0 if case.reverse else -1]  # in an order of the backend's own
+    assert torch.equal(last.flatten().sort()[0], rounded.flatten().sort()[0])
+    assert torch.equal(c_n, rounded.to(c_n.dtype)) == (c_n.dtype == dtype)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

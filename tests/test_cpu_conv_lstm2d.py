@@ -10,11 +10,13 @@ import torch
 from cases import Case, case_id, make_tensors, ordinary, run
 from hypothesis import HealthCheck, given, settings
 from kernel_checks import (
+    assert_same_bits,
     check_against_reference,
     check_batch,
     check_bits,
     check_chunks,
     check_repeatable,
+    check_saved_cells,
     check_threads,
     poisoned_memory,
 )
@@ -100,6 +102,15 @@ def test_forward_bits_do_not_depend_on_the_batch(case: Case, dtype: torch.dtype)
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[3]], ids=case_id)
 def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> None:
     check_chunks(replace(case, steps=5), dtype, (1, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[3]], ids=case_id)
+def test_saved_cells(case: Case, dtype: torch.dtype) -> None:
+    check_saved_cells(case, "cpu", dtype)
+    tensors = make_tensors(case).to(dtype)
+    inference = run(case, tensors, "cpu", training=False)
+    assert_same_bits(run(case, tensors, "cpu"), inference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -15,6 +15,7 @@ from kernel_checks import (
     check_batch,
     check_chunks,
     check_repeatable,
+    check_saved_cells,
     poisoned_memory,
     threads,
 )
@@ -95,6 +96,15 @@ def test_forward_bits_depend_neither_on_threads_nor_on_the_batch(case: Case, dty
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[4]], ids=case_id)
 def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> None:
     check_chunks(replace(case, steps=5), dtype, (1, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[4]], ids=case_id)
+def test_saved_cells(case: Case, dtype: torch.dtype) -> None:
+    check_saved_cells(case, "cpu", dtype)
+    tensors = make_tensors(case).to(dtype)
+    inference = run(case, tensors, "cpu", training=False)
+    assert_same_bits(run(case, tensors, "cpu"), inference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
