@@ -41,7 +41,7 @@ def conv_lstm2d_launches(kind: str, tile: Tile, dtype: torch.dtype, precision: s
             for save in (SAVE_NOTHING, SAVE_GATES):
                 conv_lstm2d.forward(x, None, None, weight, weight, bias, None, None, OPTIONS, save)
             return [r for r in record if r.arguments["HAS_H"]]
-        gates, cells = torch.zeros(3, 2, 8, 8, 4 * c, dtype=dtype), torch.zeros(3, 2, 8, 8, c)
+        gates, cells = (torch.zeros(3, 2, 8, 8, width, dtype=dtype) for width in (4 * c, c))
         conv_lstm2d.backward(
             x, None, None, x, None, None, weight, weight, bias, None, None, x, gates, cells, OPTIONS, [True] * 7
         )

@@ -25,6 +25,7 @@ else:
         check,
         check_chunks_equal_whole,
         check_in_single_step_chunks,
+        check_kept_cells,
         check_recomputation_is_exact,
     )
 
@@ -75,6 +76,17 @@ else:
     @pytest.mark.parametrize("case", [BASE, replace(BASE, lengths=True, reset=True, reverse=True)], ids=case_id)
     def test_recomputation_is_exact(case: Case) -> None:
         check_recomputation_is_exact(case)
+
+    KEPT = [
+        BASE,
+        replace(BASE, recompute_gates=True, state=False, layout="channels_last"),
+        replace(BASE, lengths=True, reset=True, steps=4),
+        replace(BASE, lengths=True, reset=True, reverse=True, steps=4, recompute_gates=True),
+    ]
+
+    @pytest.mark.parametrize("case", KEPT, ids=case_id)
+    def test_kept_cells(case: Case) -> None:
+        check_kept_cells(case)
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
     def test_two_calls_equal_one(layout: str) -> None:

@@ -28,13 +28,13 @@ def _gate_columns(ptr, rows, n, CG: tl.constexpr, GROUP_OFFSET, mask):
 def _forward_cell(
     z_i, z_f, z_g, z_o,  # (BM, BN): the convolution of the state, and that of x if it is fused
     n,  # (BN,): channel within the group
-    m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t, c_t,
-    z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, h_out_ptr, out_ptr, gates_ptr, c_out_stride_t,
+    m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t,
+    z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, cells_ptr, h_out_ptr, out_ptr, gates_ptr,
     M, H, W, h_stride_t, h_stride_b, h_out_stride_t, h_out_stride_b, out_stride_t, out_stride_b,
     out_stride_c, out_stride_p, CG: tl.constexpr, G: tl.constexpr, HAS_Z: tl.constexpr, HAS_H: tl.constexpr,
     HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_FLAGS: tl.constexpr,
-    OUT: tl.constexpr, SAVE_GATES: tl.constexpr, GATES_ONLY: tl.constexpr, ACTIVATION: tl.constexpr,
-    ACCURATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OUT: tl.constexpr, SAVE_CELLS: tl.constexpr, SAVE_GATES: tl.constexpr, GATES_ONLY: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of the forward step: pre-activations to gates, cell and state."""
     C: tl.constexpr = G * CG
@@ -57,7 +57,7 @@ def _forward_cell(
 
     state = m[:, None] * C + column[None, :]
     if HAS_C:
-        c_before = tl.load(c_ptr + c_t.to(tl.int64) * M * C + state, mask=mask, other=0.0)
+        c_before = tl.load(c_ptr + state, mask=mask, other=0.0).to(tl.float32)
         if HAS_FLAGS:
             c = tl.where(keeps[:, None], c_before, 0.0)
         else:
@@ -80,10 +80,9 @@ def _forward_cell(
     i_gate = gate(z_i, ACTIVATION)
     f_gate = gate(z_f, ACTIVATION)
     g_gate = tanh(z_g, ACCURATE)
-    c_out = c_out_ptr + t.to(tl.int64) * c_out_stride_t + state
     if GATES_ONLY:
         if PEEPHOLE != 0:
-            c_new = tl.load(c_out, mask=mask, other=0.0)
+            c_new = tl.load(cells_ptr + state, mask=mask, other=0.0).to(tl.float32)
     else:
         c_new = f_gate * c + i_gate * g_gate
     if PEEPHOLE != 0:
@@ -112,7 +111,10 @@ def _forward_cell(
             else:
                 h_state = tl.where(kept, 0.0, h)
             h = tl.where(kept, 0.0, h)
-        tl.store(c_out, c_new, mask=mask)
+        tl.store(c_out_ptr + state, c_new, mask=mask)
+        if SAVE_CELLS:
+            cells = cells_ptr + t.to(tl.int64) * M * C + state
+            tl.store(cells, c_new.to(cells_ptr.dtype.element_ty), mask=mask)
         h_out = h_out_ptr + h_out_t.to(tl.int64) * h_out_stride_t
         tl.store(h_out + (b * h_out_stride_b + pixel * C)[:, None] + column[None, :], h_state.to(h_type), mask=mask)
         if OUT != 0:
@@ -126,7 +128,7 @@ def _forward_cell(
                 tl.store(out_t, tl.trans(h.to(h_type)), mask=n_ok[:, None] & row_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["t", "in_t", "h_t", "h_out_t", "c_t"])
+@triton.jit(do_not_specialize=["t", "in_t", "h_t", "h_out_t"])
 def conv_lstm2d_forward_kernel(
     z_ptr,  # (n, M, G, 4, Cg): the input part; HAS_Z
     x_ptr,  # (n, B, Cin, Hin, Win): the frames; HAS_X
@@ -136,17 +138,16 @@ def conv_lstm2d_forward_kernel(
     bias_ptr,  # (4, C); HAS_BIAS
     peephole_ptr,  # (3, C), or (3, H * W, C); PEEPHOLE 1 or 2
     flags_ptr,  # (T, B) uint8; HAS_FLAGS
-    c_ptr,  # (..., M, C): the cells before the step; HAS_C
-    c_out_ptr,  # (T or 1, M, C): the cells after it; read if GATES_ONLY
+    c_ptr,  # (M, C): the cells before the step; HAS_C
+    c_out_ptr,  # (M, C) float32: the cells after it; may be c_ptr
+    cells_ptr,  # (T, M, C): the cells after it, for backward; SAVE_CELLS, read if GATES_ONLY
     h_out_ptr,  # (..., B, H * W, C): the state after it
     out_ptr,  # (T, B, C, H, W): the output, if it is not h_out; OUT
     gates_ptr,  # (n, M, G, 4, Cg): the gates; SAVE_GATES
-    t,  # timestep: of flags, out, gates
+    t,  # timestep: of flags, cells, out, gates
     in_t,  # frame of z or x
     h_t,  # frame of h
     h_out_t,  # frame of h_out
-    c_t,  # frame of c
-    c_out_stride_t,  # 0: one frame, in place
     M,  # B * H * W
     H,
     W,
@@ -195,8 +196,9 @@ def conv_lstm2d_forward_kernel(
     PEEPHOLE: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
     OUT: tl.constexpr,  # 0: none, 1: channels last, 2: channels first
+    SAVE_CELLS: tl.constexpr,
     SAVE_GATES: tl.constexpr,
-    GATES_ONLY: tl.constexpr,  # recomputation: c_out is given
+    GATES_ONLY: tl.constexpr,  # recomputation: the cells are given
     ACTIVATION: tl.constexpr,
     ACCURATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -302,11 +304,11 @@ def conv_lstm2d_forward_kernel(
     if SLICES == 1:
         _forward_cell(
             z_i, z_f, z_g, z_o, n_0 + tl.arange(0, BN),
-            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t, c_t,
-            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, h_out_ptr, out_ptr, gates_ptr, c_out_stride_t,
+            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t,
+            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, cells_ptr, h_out_ptr, out_ptr, gates_ptr,
             M, H, W, h_stride_t, h_stride_b, h_out_stride_t, h_out_stride_b, out_stride_t, out_stride_b,
-            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_GATES,
-            GATES_ONLY, ACTIVATION, ACCURATE, BM, BN,
+            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_CELLS,
+            SAVE_GATES, GATES_ONLY, ACTIVATION, ACCURATE, BM, BN,
         )  # fmt: skip
     else:
         i_0, i_1 = halves(z_i, BM, BN)
@@ -315,19 +317,19 @@ def conv_lstm2d_forward_kernel(
         o_0, o_1 = halves(z_o, BM, BN)
         _forward_cell(
             i_0, f_0, g_0, o_0, n_0 + tl.arange(0, BN // 2),
-            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t, c_t,
-            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, h_out_ptr, out_ptr, gates_ptr, c_out_stride_t,
+            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t,
+            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, cells_ptr, h_out_ptr, out_ptr, gates_ptr,
             M, H, W, h_stride_t, h_stride_b, h_out_stride_t, h_out_stride_b, out_stride_t, out_stride_b,
-            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_GATES,
-            GATES_ONLY, ACTIVATION, ACCURATE, BM, BN // 2,
+            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_CELLS,
+            SAVE_GATES, GATES_ONLY, ACTIVATION, ACCURATE, BM, BN // 2,
         )  # fmt: skip
         _forward_cell(
             i_1, f_1, g_1, o_1, n_0 + BN // 2 + tl.arange(0, BN // 2),
-            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t, c_t,
-            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, h_out_ptr, out_ptr, gates_ptr, c_out_stride_t,
+            m, b, pixel, row_ok, keeps, past_end, group, t, in_t, h_t, h_out_t,
+            z_ptr, h_ptr, bias_ptr, peephole_ptr, c_ptr, c_out_ptr, cells_ptr, h_out_ptr, out_ptr, gates_ptr,
             M, H, W, h_stride_t, h_stride_b, h_out_stride_t, h_out_stride_b, out_stride_t, out_stride_b,
-            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_GATES,
-            GATES_ONLY, ACTIVATION, ACCURATE, BM, BN // 2,
+            out_stride_c, out_stride_p, CG, G, HAS_Z, HAS_H, HAS_C, HAS_BIAS, PEEPHOLE, HAS_FLAGS, OUT, SAVE_CELLS,
+            SAVE_GATES, GATES_ONLY, ACTIVATION, ACCURATE, BM, BN // 2,
         )  # fmt: skip
 
 
@@ -366,9 +368,10 @@ def _backward_cell(
     f_gate = tl.load(gates + CG, mask=mask, other=0.0).to(tl.float32)
     g_gate = tl.load(gates + 2 * CG, mask=mask, other=0.0).to(tl.float32)
     o_gate = tl.load(gates + 3 * CG, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(c_ptr + t.to(tl.int64) * M * C + state, mask=mask, other=0.0)
+    c = tl.load(c_ptr + t.to(tl.int64) * M * C + state, mask=mask, other=0.0).to(tl.float32)
     if HAS_C:
-        c_before = tl.load(c_before_ptr + c_before_t.to(tl.int64) * M * C + state, mask=mask, other=0.0)
+        c_before = c_before_ptr + c_before_t.to(tl.int64) * M * C + state
+        c_before = tl.load(c_before, mask=mask, other=0.0).to(tl.float32)
         if HAS_FLAGS:
             c_before = tl.where(((flag & 1) != 0)[:, None], 0.0, c_before)
     else:
@@ -419,7 +422,7 @@ def conv_lstm2d_backward_kernel(
     dc_ptr,  # (M, C) float32: gradient of the cells, in place
     gates_ptr,  # (n, M, G, 4, Cg)
     c_ptr,  # (T, M, C): the cells after every step
-    c_before_ptr,  # (..., M, C); HAS_C
+    c_before_ptr,  # (..., M, C), of the type of c, or float32; HAS_C
     peephole_ptr,  # (3, C), or (3, H * W, C)
     flags_ptr,  # (T, B) uint8; HAS_FLAGS
     dh_ptr,  # (n, M, C): gradient of the state before the step; not CELL

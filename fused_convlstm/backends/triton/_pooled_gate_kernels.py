@@ -136,7 +136,7 @@ def _depthwise(
     return total
 
 
-@triton.jit(do_not_specialize=["t", "in_t", "h_t", "h_out_t", "c_t"])
+@triton.jit(do_not_specialize=["t", "in_t", "h_t", "h_out_t"])
 def pooled_gate_forward_kernel(
     x_ptr,  # (n, B, Cin, Hin, Win)
     x_depthwise_ptr,  # (taps, Cin)
@@ -147,19 +147,18 @@ def pooled_gate_forward_kernel(
     bias_ptr,  # (C,); HAS_BIAS
     gates_ptr,  # (T or 1, B, 3, C) float32
     flags_ptr,  # (T, B) uint8; HAS_FLAGS
-    c_ptr,  # (..., B, H * W, C): the cells before the step; HAS_C
-    c_out_ptr,  # (T or 1, B, H * W, C)
+    c_ptr,  # (B, H * W, C) float32: the cells before the step; HAS_C
+    c_out_ptr,  # (B, H * W, C) float32: the cells after it; may be c_ptr
+    cells_ptr,  # (T, B, H * W, C): the cells after it, for backward; SAVE_CELLS
     h_out_ptr,  # (..., B, H * W, C)
     out_ptr,  # (T, B, C, H, W): the output, if it is not h_out; OUT
     candidate_ptr,  # (n, B, H * W, C): tanh of the candidate; SAVE_CANDIDATE
     partial_ptr,  # (B, tiles, C) float32: sums of the state after the step
-    t,  # timestep: of flags, out, candidate
+    t,  # timestep: of flags, cells, out, candidate
     in_t,  # frame of x
     h_t,  # frame of h
     h_out_t,  # frame of h_out
-    c_t,  # frame of c
-    c_out_stride_t,  # 0: one frame, in place
-    gates_stride_t,
+    gates_stride_t,  # 0: one frame, in place
     H,
     W,
     tiles,
@@ -203,6 +202,7 @@ def pooled_gate_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
     OUT: tl.constexpr,  # 0: none, 1: channels last, 2: channels first
+    SAVE_CELLS: tl.constexpr,
     SAVE_CANDIDATE: tl.constexpr,
     CANDIDATE_ONLY: tl.constexpr,  # recomputation
     ACCURATE: tl.constexpr,
@@ -280,7 +280,7 @@ def pooled_gate_forward_kernel(
         c_new = i_gate * g
         c_before = tl.zeros((BM, BN), dtype=tl.float32)
         if HAS_C:
-            c_before = tl.load(c_ptr + c_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0)
+            c_before = tl.load(c_ptr + frame + local, mask=mask, other=0.0)
             if HAS_FLAGS:
                 c_new += f_gate * tl.where(reset, 0.0, c_before)
             else:
@@ -295,7 +295,10 @@ def pooled_gate_forward_kernel(
             else:
                 h_state = tl.where(past_end, 0.0, h).to(dtype)
             h = tl.where(past_end, 0.0, h).to(dtype)
-        tl.store(c_out_ptr + t.to(tl.int64) * c_out_stride_t + frame + local, c_new, mask=mask)
+        tl.store(c_out_ptr + frame + local, c_new, mask=mask)
+        if SAVE_CELLS:
+            cells = cells_ptr + t.to(tl.int64) * B * H * W * C + frame + local
+            tl.store(cells, c_new.to(cells_ptr.dtype.element_ty), mask=mask)
         tl.store(h_out_ptr + h_out_t.to(tl.int64) * h_out_stride_t + b * h_out_stride_b + local, h_state, mask=mask)
         sums = tl.sum(tl.where(mask, h_state.to(tl.float32), 0.0), axis=0)
         tl.store(partial_ptr + (b * tiles + tile) * C + n, sums, mask=n_ok)
@@ -320,7 +323,7 @@ def pooled_gate_backward_kernel(
     gates_ptr,  # (T, B, 3, C) float32
     candidate_ptr,  # (n, B, H * W, C)
     c_ptr,  # (T, B, H * W, C): the cells after every step
-    c_before_ptr,  # (..., B, H * W, C); HAS_C
+    c_before_ptr,  # (..., B, H * W, C), of the type of c, or float32; HAS_C
     flags_ptr,  # (T, B) uint8; HAS_FLAGS
     dz_ptr,  # (n, B, H * W, C): gradient of the candidate's pre-activation
     partial_ptr,  # (B, tiles, 3, C) float32: sums for the gradients of i, f, o
@@ -420,12 +423,11 @@ def pooled_gate_backward_kernel(
         g = tl.load(candidate_ptr + candidate_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0).to(
             tl.float32
         )
-        c = tl.load(c_ptr + t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0)
+        c = tl.load(c_ptr + t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0).to(tl.float32)
         c_before = tl.zeros((BM, BN), dtype=tl.float32)
         if HAS_C:
-            c_before = tl.load(
-                c_before_ptr + c_before_t.to(tl.int64) * B * H * W * C + frame + local, mask=mask, other=0.0
-            )
+            c_before = c_before_ptr + c_before_t.to(tl.int64) * B * H * W * C + frame + local
+            c_before = tl.load(c_before, mask=mask, other=0.0).to(tl.float32)
             if HAS_FLAGS:
                 c_before = tl.where(reset, 0.0, c_before)
         dc_after = tl.load(dc_ptr + frame + local, mask=mask, other=0.0)

@@ -161,7 +161,6 @@ class _Problem:
         self,
         tile: Tile,
         batch: int,  # frames of a launch
-        c_out: Tensor,  # (n, B, H, W, C)
         *,
         packed: Tensor | None,  # weight_hh; with h
         z: Tensor | None = None,  # (n, rows, 4 * C)
@@ -169,13 +168,15 @@ class _Problem:
         x_packed: Tensor | None = None,
         x_padding: tuple[int, int] = (0, 0),
         h: Tensor | None = None,  # (n, B, H, W, C)
-        c: Tensor | None = None,  # (n, B, H, W, C)
+        c: Tensor | None = None,  # (1, B, H, W, C)
+        c_out: Tensor | None = None,  # (1, B, H, W, C)
+        cells: Tensor | None = None,  # (T, B, H, W, C)
         h_out: Tensor | None = None,  # (n, B, H, W, C); None: gates only
         out: Tensor | None = None,  # (T, B, C, H, W)
         gates: Tensor | None = None,  # (n, rows, 4 * C)
         flags: Tensor | None = None,  # (T, B)
     ) -> StepLauncher:
-        """A launcher of the forward kernel, called with (t, in_t, h_t, h_out_t, c_t)."""
+        """A launcher of the forward kernel, called with (t, in_t, h_t, h_out_t)."""
         o = self.options
         rows = batch * self.height * self.width
         kh, kw = self.weight_ih.shape[2:]
@@ -189,10 +190,8 @@ class _Problem:
         out_stride = (0,) * 5 if out is None else out.stride()
         arguments: dict[str, Any] = {
             "z_ptr": z, "x_ptr": x, "wx_ptr": x_packed, "h_ptr": h, "wh_ptr": packed, "bias_ptr": self.bias,
-            "peephole_ptr": self.peephole, "flags_ptr": flags, "c_ptr": c, "c_out_ptr": c_out, "h_out_ptr": h_out,
-            "out_ptr": out, "gates_ptr": gates, "M": rows, "H": self.height, "W": self.width,
-            # One frame: in place.
-            "c_out_stride_t": c_out.stride(0) if c_out.size(0) > 1 else 0,
+            "peephole_ptr": self.peephole, "flags_ptr": flags, "c_ptr": c, "c_out_ptr": c_out, "cells_ptr": cells,
+            "h_out_ptr": h_out, "out_ptr": out, "gates_ptr": gates, "M": rows, "H": self.height, "W": self.width,
             "x_stride_t": x_stride[0], "x_stride_b": x_stride[1], "x_stride_c": x_stride[2],
             "x_stride_y": x_stride[3], "x_stride_x": x_stride[4],
             "Hin": 0 if x is None else x.size(3), "Win": 0 if x is None else x.size(4),
@@ -209,14 +208,14 @@ class _Problem:
             "HAS_Z": z is not None, "HAS_X": x is not None, "X_FLAT": flat, "HAS_H": h is not None,
             "HAS_C": c is not None, "HAS_BIAS": self.bias is not None, "PEEPHOLE": self.peephole_kind,
             "HAS_FLAGS": flags is not None, "OUT": 0 if out is None else 1 if out.stride(2) == 1 else 2,
-            "SAVE_GATES": gates is not None, "GATES_ONLY": h_out is None,
+            "SAVE_CELLS": cells is not None, "SAVE_GATES": gates is not None, "GATES_ONLY": h_out is None,
             "ACTIVATION": GATE_ACTIVATIONS.index(o.gate_activation),
             "ACCURATE": self.input.dtype == torch.float32, "PRECISION": self.precision,
             "WIDE": rows * 4 * self.channels >= 2**31 or passes_int32(x, h, h_out, out),
             "SLICES": 2 if tile.bn >= 64 else 1, "BM": tile.bm, "BN": tile.bn, "BK": depth, "XBK": x_depth,
         }  # fmt: skip
         programs = -(-rows // tile.bm) * -(-self.group_channels // tile.bn) * self.groups
-        varying = ("t", "in_t", "h_t", "h_out_t", "c_t")
+        varying = ("t", "in_t", "h_t", "h_out_t")
         return StepLauncher(conv_lstm2d_forward_kernel, programs, arguments, varying, tile)
 
     def depth(self, tile: Tile) -> int:
@@ -244,16 +243,16 @@ class _Problem:
         def step(tile: Tile) -> StepLauncher:
             packed = pack_forward(rounded(self.weight_hh, self.precision), self.groups, tile.bn, self.depth(tile))
             return self.forward_step(
-                tile, count * self.batch, cells[begin:end].flatten(0, 1)[None], packed=packed, z=z,
-                h=h_before.flatten(0, 1)[None], c=c_before if c_before is None else c_before.flatten(0, 1)[None],
-                gates=gates,
+                tile, count * self.batch, packed=packed, z=z, h=h_before.flatten(0, 1)[None],
+                c=c_before if c_before is None else c_before.flatten(0, 1)[None],
+                cells=cells[begin:end].flatten(0, 1)[None], gates=gates,
             )  # fmt: skip
 
         def trial(tile: Tile) -> Callable[[], object]:
             launch = step(tile)
-            return lambda: launch(0, 0, 0, 0, 0)
+            return lambda: launch(0, 0, 0, 0)
 
-        step(self.forward_tile(count * self.rows, False, trial))(0, 0, 0, 0, 0)
+        step(self.forward_tile(count * self.rows, False, trial))(0, 0, 0, 0)
 
 
 def forward(
@@ -276,13 +275,14 @@ def forward(
     h_n = empty_state_like(input, p.channels, p.height, p.width, dtype)
     c_n = empty_state_like(input, p.channels, p.height, p.width, c_type)
     gates = input.new_empty((p.steps, p.rows, 4 * p.channels) if save == SAVE_GATES else (0,))
-    cells = p.frames(1 if save == SAVE_NOTHING else p.steps, dtype=c_type)
+    cells = input.new_empty((0,)) if save == SAVE_NOTHING else p.frames(p.steps, dtype=dtype)
     gates_shape = (p.steps, p.batch, p.height, p.width, 4 * p.channels)
     if p.rows == 0:
         return output, h_n, c_n, gates.view(gates_shape) if save == SAVE_GATES else gates, cells
     # The output is the state of the next step if its channels lie together and no step hides the state.
     direct = frames_are_channels_last(input) and step_flags is None
     states = nhwc(output) if direct else p.frames(2, dtype=dtype)
+    c_state = p.frames(1, dtype=c_type)  # in place
     h_first, c_first = frames_of(h_0, dtype), frames_of(c_0, c_type)
 
     def prepare(tile: Tile, source: Tensor, x_padding: tuple[int, int]) -> Callable[[bool], StepLauncher]:
@@ -298,11 +298,12 @@ def forward(
             packed = pack_forward(rounded(weight_hh, p.precision), p.groups, tile.bn, p.depth(tile))
 
         def launcher(first: bool) -> StepLauncher:
-            h, c = (h_first, c_first) if first else (states, cells)
+            h, c = (h_first, c_first) if first else (states, c_state)
             return p.forward_step(
-                tile, p.batch, cells, packed=None if h is None else packed, z=z, x=x, x_packed=x_packed,
-                x_padding=x_padding, h=h, c=c, h_out=states, out=None if direct else output,
-                gates=gates if save == SAVE_GATES else None, flags=step_flags,
+                tile, p.batch, packed=None if h is None else packed, z=z, x=x, x_packed=x_packed,
+                x_padding=x_padding, h=h, c=c, c_out=c_state, cells=None if save == SAVE_NOTHING else cells,
+                h_out=states, out=None if direct else output, gates=gates if save == SAVE_GATES else None,
+                flags=step_flags,
             )  # fmt: skip
 
         return launcher
@@ -317,7 +318,7 @@ def forward(
                 tile: Tile, source: Tensor = source, x_padding: tuple[int, int] = x_padding
             ) -> Callable[[], None]:
                 launch = prepare(tile, source, x_padding)(p.steps == 1)
-                return lambda: launch(0, 0, 0, 0, 0)
+                return lambda: launch(0, 0, 0, 0)
 
             launcher = prepare(p.forward_tile(p.rows, fused_input, trial), source, x_padding)
             launchers = [launcher(True), launcher(False)] if p.steps > 1 else [launcher(True)]
@@ -329,18 +330,12 @@ def forward(
             h_out = t if direct else position % 2
             later = min(position, 1)
             h = 0 if position == 0 else before if direct else (position - 1) % 2
-            launchers[later](t, t - begin, h, h_out, before if save != SAVE_NOTHING and later else 0)
+            launchers[later](t, t - begin, h, h_out)
             before = t
             position += 1
     h_n.copy_(nchw(states[before if direct else (position - 1) % 2]))
-    c_n.copy_(nchw(cells[0 if save == SAVE_NOTHING else before]))
-    return (
-        output,
-        h_n,
-        c_n,
-        gates.view(gates_shape) if save == SAVE_GATES else gates,
-        (cells if save != SAVE_NOTHING else cells.new_empty((0,))),
-    )
+    c_n.copy_(nchw(c_state[0]))
+    return output, h_n, c_n, gates.view(gates_shape) if save == SAVE_GATES else gates, cells
 
 
 def _sources(p: _Problem, fused_input: bool) -> Iterator[tuple[int, int, Tensor, tuple[int, int]]]:
@@ -540,8 +535,7 @@ def _batched_gradients(
         assert c_before is not None
         d_i, d_f, _, d_o = gate_major_channels(dz, p.groups)
         axes = (0, 1, 2) if grad_peephole.dim() == 2 else (0,)
-        c = cells[begin:end].flatten(0, 1)
-        c_before = c_before.flatten(0, 1)
+        c, c_before = cells[begin:end].flatten(0, 1).float(), c_before.flatten(0, 1).float()
         parts = [(d * state).sum(axes) for d, state in ((d_i, c_before), (d_f, c_before), (d_o, c))]
         sums["peephole"].add(torch.stack([part if part.dim() == 1 else nchw(part) for part in parts]))
 

@@ -135,16 +135,17 @@ class _Problem:
         x_padding: tuple[int, int],
         *,
         h: Tensor | None = None,  # (n, batch, H, W, C)
-        c: Tensor | None = None,
+        c: Tensor | None = None,  # (1, B, H, W, C)
         gates: Tensor | None = None,  # (T or 1, B, 3 * C)
-        c_out: Tensor | None = None,  # (T or 1, B, H, W, C); None: the candidate only
-        h_out: Tensor | None = None,  # (n, B, H, W, C)
+        c_out: Tensor | None = None,  # (1, B, H, W, C)
+        cells: Tensor | None = None,  # (T, B, H, W, C)
+        h_out: Tensor | None = None,  # (n, B, H, W, C); None: the candidate only
         out: Tensor | None = None,  # (T, B, C, H, W)
         candidate: Tensor | None = None,  # (n, batch, H, W, C)
         partial: Tensor | None = None,  # (B, tiles, C)
         flags: Tensor | None = None,  # (T, B)
     ) -> StepLauncher:
-        """A launcher of the step's kernel, called with (t, in_t, h_t, h_out_t, c_t)."""
+        """A launcher of the step's kernel, called with (t, in_t, h_t, h_out_t)."""
         o = self.options
         kh, kw = self.depthwise_ih.shape[2:]
         rh, rw = self.depthwise_hh.shape[2:]
@@ -155,10 +156,8 @@ class _Problem:
         arguments: dict[str, Any] = {
             "x_ptr": x, "x_depthwise_ptr": self.packed_depthwise_ih, "x_pointwise_ptr": packed[0], "h_ptr": h,
             "h_depthwise_ptr": self.packed_depthwise_hh, "h_pointwise_ptr": packed[1], "bias_ptr": self.bias,
-            "gates_ptr": gates, "flags_ptr": flags, "c_ptr": c, "c_out_ptr": c_out, "h_out_ptr": h_out,
-            "out_ptr": out, "candidate_ptr": candidate, "partial_ptr": partial,
-            # One frame: in place.
-            "c_out_stride_t": c_out.stride(0) if c_out is not None and c_out.size(0) > 1 else 0,
+            "gates_ptr": gates, "flags_ptr": flags, "c_ptr": c, "c_out_ptr": c_out, "cells_ptr": cells,
+            "h_out_ptr": h_out, "out_ptr": out, "candidate_ptr": candidate, "partial_ptr": partial,
             "gates_stride_t": gates.stride(0) if gates is not None and gates.size(0) > 1 else 0,
             "H": self.height, "W": self.width, "tiles": self.row_tiles(tile), "x_stride_t": x.stride(0),
             "x_stride_b": x.stride(1), "x_stride_c": x.stride(2), "x_stride_y": x.stride(3),
@@ -172,14 +171,14 @@ class _Problem:
             "XDIL_W": o.dilation[1], "XPAD_H": x_padding[0], "XPAD_W": x_padding[1], "KP": packed[1].size(1),
             "XKP": packed[0].size(1), "HAS_H": h is not None, "HAS_C": c is not None,
             "HAS_BIAS": self.bias is not None, "HAS_FLAGS": flags is not None,
-            "OUT": 0 if out is None else 1 if out.stride(2) == 1 else 2, "SAVE_CANDIDATE": candidate is not None,
-            "CANDIDATE_ONLY": c_out is None, "ACCURATE": self.input.dtype == torch.float32,
-            "PRECISION": self.precision,
+            "OUT": 0 if out is None else 1 if out.stride(2) == 1 else 2, "SAVE_CELLS": cells is not None,
+            "SAVE_CANDIDATE": candidate is not None, "CANDIDATE_ONLY": h_out is None,
+            "ACCURATE": self.input.dtype == torch.float32, "PRECISION": self.precision,
             "WIDE": batch * self.pixels * self.channels >= 2**31 or passes_int32(x, h, h_out, out),
             "BM": tile.bm, "BN": tile.bn, "BK": depth, "XBK": x_depth,
         }  # fmt: skip
         programs = batch * self.row_tiles(tile) * -(-self.channels // tile.bn)
-        varying = ("t", "in_t", "h_t", "h_out_t", "c_t")
+        varying = ("t", "in_t", "h_t", "h_out_t")
         return StepLauncher(pooled_gate_forward_kernel, programs, arguments, varying, tile)
 
     def depths(self, tile: Tile) -> tuple[int, int]:
@@ -207,9 +206,9 @@ class _Problem:
 
         def trial(tile: Tile) -> Callable[[], None]:
             launch = step(tile)
-            return lambda: launch(0, 0, 0, 0, 0)
+            return lambda: launch(0, 0, 0, 0)
 
-        step(self.forward_tile(images, trial))(0, 0, 0, 0, 0)
+        step(self.forward_tile(images, trial))(0, 0, 0, 0)
         return candidate
 
 
@@ -238,14 +237,14 @@ def forward(
     c_n = empty_state_like(input, p.channels, p.height, p.width, c_type)
     gates = input.new_empty((p.steps if keeps else 1, p.batch, 3 * p.channels), dtype=c_type)
     candidate = p.frames(p.steps, dtype=dtype) if save == SAVE_GATES else input.new_empty((0,))
-    cells = p.frames(p.steps if keeps else 1, dtype=c_type)
-    nothing = gates.new_empty((0,))
-    saved = (gates, candidate, cells) if keeps else (nothing, candidate, nothing)
+    cells = p.frames(p.steps, dtype=dtype) if keeps else input.new_empty((0,))
+    saved = (gates if keeps else gates.new_empty((0,)), candidate, cells)
     if p.batch == 0:
         return output, h_n, c_n, *saved
     # The output is the state of the next step if its channels lie together and no step hides the state.
     direct = frames_are_channels_last(input) and step_flags is None
     states = nhwc(output) if direct else p.frames(2, dtype=dtype)
+    c_state = p.frames(1, dtype=c_type)  # in place
     h_first, c_first = frames_of(h_0, dtype), frames_of(c_0, c_type)
     pooled = input.mean((3, 4), dtype=torch.float32)  # (T, B, Cin)
     z = F.linear(pooled, gate_weight_ih.float(), None if gate_bias is None else gate_bias.float())
@@ -255,11 +254,11 @@ def forward(
         packed = p.pack(tile)
 
         def launcher(first: bool) -> StepLauncher:
-            h, c = (h_first, c_first) if first else (states, cells)
+            h, c = (h_first, c_first) if first else (states, c_state)
             return p.forward_step(
-                tile, p.batch, packed, x, x_padding, h=h, c=c, gates=gates, c_out=cells, h_out=states,
-                out=None if direct else output, candidate=candidate if save == SAVE_GATES else None, partial=partial,
-                flags=step_flags,
+                tile, p.batch, packed, x, x_padding, h=h, c=c, gates=gates, c_out=c_state,
+                cells=cells if keeps else None, h_out=states, out=None if direct else output,
+                candidate=candidate if save == SAVE_GATES else None, partial=partial, flags=step_flags,
             )  # fmt: skip
 
         return launcher
@@ -275,7 +274,7 @@ def forward(
 
             def trial(tile: Tile, x: Tensor = x, x_padding: tuple[int, int] = x_padding) -> Callable[[], None]:
                 launch = prepare(tile, x, x_padding, new_partial(tile))(p.steps == 1)
-                return lambda: launch(0, 0, 0, 0, 0)
+                return lambda: launch(0, 0, 0, 0)
 
             tile = p.forward_tile(p.batch, trial)
             partial = new_partial(tile)
@@ -293,11 +292,11 @@ def forward(
             later = min(position, 1)
             h = 0 if position == 0 else before if direct else (position - 1) % 2
             gate_launchers[later](t)
-            launchers[later](t, t - begin, h, h_out, before if keeps and later else 0)
+            launchers[later](t, t - begin, h, h_out)
             before = t
             position += 1
     h_n.copy_(nchw(states[before if direct else (position - 1) % 2]))
-    c_n.copy_(nchw(cells[before if keeps else 0]))
+    c_n.copy_(nchw(c_state[0]))
     return output, h_n, c_n, *saved
 
 
