@@ -72,7 +72,7 @@ def least_bytes(shape: Shape, training: bool) -> float:
     state = shape.batch * shape.steps * shape.hidden_channels * height * width
     frames = shape.batch * shape.steps * shape.in_channels * shape.height * shape.width
     forward = 2 * (frames + state)
-    saved = 2 * (4 + 1) * state  # gates and cell states
+    saved = (4 + 1) * 2 * state  # gates and cell states
     return forward + 2 * saved + forward + 2 * (frames + state) if training else forward
 
 

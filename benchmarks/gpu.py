@@ -70,7 +70,7 @@ class Problem:
         states = shape.steps * shape.batch * height * width * shape.hidden_channels
         frames = shape.steps * shape.batch * shape.height * shape.width * shape.in_channels
         once = (frames + states) * size
-        return once if not self.training else 2 * once + 2 * states * (4 * size + 4)
+        return once if not self.training else 2 * once + 2 * states * (4 + 1) * size
 
 
 def plan() -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from cases import Case, make_tensors, run
@@ -52,22 +53,21 @@ def check_repeatable(case: Case, backend: str, dtype: torch.dtype, device: str =
     assert_same_bits(run(case, tensors, backend), run(case, tensors, backend))
 
 
-def check_saved_cells(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    """What is kept for the backward pass are the cells in the type of the input; the state itself is not rounded."""
+def check_kept_cells(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """What a training call keeps of c after each step is the state there, rounded to the type of the input; the state
+    itself is not rounded."""
+    tensors = make_tensors(case).to(dtype)
     kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        c_n = run(case, make_tensors(case).to(dtype, device), backend)["c_n"]
-    cells = kept[-1]  # (T, B, Ho, Wo, C): the operator's last result
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        c_n = run(case, tensors, backend)["c_n"]
+    cells = kept[-1]  # (T, B, Ho, Wo, C), the operator's last result; a backend may keep them in an order of its own
     assert cells.dtype == dtype
-    rounded = c_n.to(dtype)
-    last = cells[0 if case.reverse else -1]  # in an order of the backend's own
-    assert torch.equal(last.flatten().sort()[0], rounded.flatten().sort()[0])
-    assert torch.equal(c_n, rounded.to(c_n.dtype)) == (c_n.dtype == dtype)
+    for step in range(case.steps):  # sequences that end there
+        ends = replace(tensors, lengths=torch.full((case.batch,), step + 1))
+        c = run(case, ends, backend)["c_n"]
+        assert torch.equal(c, c.to(dtype).to(c.dtype)) == (c.dtype == dtype)
+        assert torch.equal(cells[step].flatten().sort()[0], c.to(dtype).flatten().sort()[0])
+    assert torch.equal(c, c_n)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from kernel_checks import (
     check_batch,
     check_bits,
     check_chunks,
+    check_kept_cells,
     check_repeatable,
-    check_saved_cells,
     check_threads,
     poisoned_memory,
 )
@@ -106,8 +106,8 @@ def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[3]], ids=case_id)
-def test_saved_cells(case: Case, dtype: torch.dtype) -> None:
-    check_saved_cells(case, "cpu", dtype)
+def test_kept_cells(case: Case, dtype: torch.dtype) -> None:
+    check_kept_cells(case, "cpu", dtype)
     tensors = make_tensors(case).to(dtype)
     inference = run(case, tensors, "cpu", training=False)
     assert_same_bits(run(case, tensors, "cpu"), inference)

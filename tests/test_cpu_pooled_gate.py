@@ -14,8 +14,8 @@ from kernel_checks import (
     check_against_reference,
     check_batch,
     check_chunks,
+    check_kept_cells,
     check_repeatable,
-    check_saved_cells,
     poisoned_memory,
     threads,
 )
@@ -100,8 +100,8 @@ def test_chunks_give_the_bits_of_the_whole(case: Case, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[4]], ids=case_id)
-def test_saved_cells(case: Case, dtype: torch.dtype) -> None:
-    check_saved_cells(case, "cpu", dtype)
+def test_kept_cells(case: Case, dtype: torch.dtype) -> None:
+    check_kept_cells(case, "cpu", dtype)
     tensors = make_tensors(case).to(dtype)
     inference = run(case, tensors, "cpu", training=False)
     assert_same_bits(run(case, tensors, "cpu"), inference)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
 from cuda_host import FORMATS, SCHEDULES, check_format, host_backend, load, number_format, vary_schedule
-from kernel_checks import check_against_reference, check_repeatable
+from kernel_checks import check_against_reference, check_kept_cells, check_repeatable
 
 from fused_convlstm import functional as FC
 from fused_convlstm.backends import BackendError
@@ -128,6 +128,15 @@ def test_same_bits_under_every_schedule(name: str) -> None:
 def test_repeatable(name: str) -> None:
     with number_format(name) as backend:
         check_repeatable(replace(DEFAULT, hidden_channels=18), backend, FORMATS[name])
+
+
+@pytest.mark.parametrize("tile", [1, 3])  # a launch a step; all steps in one
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("name", FORMATS)
+def test_kept_cells(name: str, channels: int, tile: int) -> None:
+    case = replace(DEFAULT, steps=4, hidden_channels=channels, reset=True, peephole="channel")
+    with number_format(name, tile) as backend:
+        check_kept_cells(case, backend, FORMATS[name])
 
 
 CHUNKED = [

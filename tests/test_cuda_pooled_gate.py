@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
 from cuda_host import FORMATS, SCHEDULES, check_format, host_backend, load, number_format, vary_schedule
-from kernel_checks import check_against_reference, check_repeatable
+from kernel_checks import check_against_reference, check_kept_cells, check_repeatable
 
 from fused_convlstm.backends import BackendError
 from fused_convlstm.backends.cuda import pooled_gate
@@ -78,6 +78,13 @@ def test_same_bits_under_every_schedule(device: dict[str, int]) -> None:
 def test_repeatable(name: str) -> None:
     with number_format(name) as backend:
         check_repeatable(GROUPS[0], backend, FORMATS[name])
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("name", FORMATS)
+def test_kept_cells(name: str, channels: int) -> None:
+    with number_format(name) as backend:
+        check_kept_cells(replace(DEFAULT, steps=4, hidden_channels=channels, reset=True), backend, FORMATS[name])
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import Case, Tensors, in_layout, make_tensors, run
+from cases import Case, make_tensors, run
 from kernel_checks import check_against_reference, poisoned_memory
 from tolerances import assert_within_error_bar
-from torch import Tensor
 
-from fused_convlstm import functional as FC
 from fused_convlstm.backends import BackendError, frames
 
 REFUSED_MODES = ("replicate", "reflect")  # with gradients
@@ -65,36 +63,6 @@ def check_chunks_equal_whole(case: Case) -> None:
     assert torch.equal(torch.cat(outputs), whole["output"])
     assert torch.equal(hx[0], whole["h_n"])
     assert torch.equal(hx[1], whole["c_n"])
-
-
-def check_kept_cells(case: Case) -> None:
-    """What a training call keeps of the cells is the state after every step, rounded to the input's type; the state
-    itself, which calls of single steps hand on as float32, is not rounded."""
-
-    def call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor], Tensor]:  # h_n and c_n, the cells
-        kept: list[Tensor] = []
-        input = in_layout(tensors.input, case.layout).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            _, hx = getattr(FC, case.cell)(
-                input, hx=tensors.hx, lengths=tensors.lengths, reset=tensors.reset, backend="triton",
-                **tensors.weights, **case.options(),
-            )  # fmt: skip
-        return hx, kept[-1]
-
-    tensors = make_tensors(case).to(torch.float16)
-    for name in {"gate_weight_ih", "gate_weight_hh"} & tensors.weights.keys():
-        tensors.weights[name].zero_()  # the bits of their products depend on how many rows are computed at once
-    with single_step_chunks():
-        (_, c_n), cells = call(tensors)
-        assert cells.dtype == torch.float16
-        hx = tensors.hx
-        for t in reversed(range(case.steps)) if case.reverse else range(case.steps):
-            hx, (cell,) = call(tensors.part(t, t + 1, hx=hx))
-            assert hx[1].dtype == torch.float32
-            assert torch.equal(cells[t], cell)
-            assert torch.equal(cells[t], frames.nhwc(hx[1].half()))
-    assert torch.equal(c_n, hx[1])
-    assert not torch.equal(c_n, c_n.half())
 
 
 def check_in_single_step_chunks(case: Case, dtype: torch.dtype = torch.float32) -> None:

@@ -101,14 +101,13 @@ FCL_DEVICE void forward_cell(const ConvLSTMForward &p, const ForwardPixel &at, i
 }
 
 // c of the step before, four channels of a pixel.
+template <class T>
 FCL_DEVICE void load_cell(const ConvLSTMForward &p, const ForwardPixel &at, int channel, int count, float (&c)[4]) {
-  const int channels = p.s.channels;
-  const float *cells =
-      at.source >= 0 ? p.cells + at.source * p.cells_step_stride : (at.source == OUTSIDE ? p.s.c_0 : nullptr);
-  if (cells == nullptr) {
-    c[0] = c[1] = c[2] = c[3] = 0.0f;
+  const int64_t place = at.place * p.s.channels + channel;
+  if (at.source >= 0 && p.c != nullptr) {
+    load4(p.c + place, c, count, p.s.channels % 4 == 0);
   } else {
-    load4(cells + at.place * channels + channel, c, count, channels % 4 == 0);
+    load_cell_before<T, 4>(p.s, p.cells, at.source, place, count, c);
   }
 }
 
@@ -122,8 +121,7 @@ FCL_DEVICE void store_hidden(const ConvLSTMForward &p, const ForwardPixel &at, i
 
 FCL_DEVICE void store_cell(const ConvLSTMForward &p, const ForwardPixel &at, int channel, int count,
                            const float (&c)[4]) {
-  const int channels = p.s.channels;
-  store4(p.cells + at.step * p.cells_step_stride + at.place * channels + channel, c, count, channels % 4 == 0);
+  store4(p.c + at.place * p.s.channels + channel, c, count, p.s.channels % 4 == 0);
 }
 
 // Of every 64 columns, fragment 2 * j + e of quad q holds gates 2 * e and 2 * e + 1 of channel 4 * q + j of sixteen, so
@@ -177,14 +175,17 @@ conv_lstm_forward_step(FCL_PARAMS ConvLSTMForward p) {
         if (at.source != PAST_END) {
           float z[4][4];
           gates_of_thread<Tile>(acc, m, half, sixteen, z);
-          load_cell(p, at, channel, count, c);
+          load_cell<T>(p, at, channel, count, c);
           forward_cell<Math>(p, at, channel, count, z, c, h);
-        } else if (p.cells_step_stride == 0) {
-          load4(p.cells + at.place * p.s.channels + channel, c, count, p.s.channels % 4 == 0);
         }
-        if (p.store_state) {
+        if (p.c != nullptr) {
           store_hidden<Math>(p, at, channel, h);
-          store_cell(p, at, channel, count, c);
+          if (at.source != PAST_END) {
+            store_cell(p, at, channel, count, c);
+          }
+          if (p.cells != nullptr) {
+            keep_cell<T>(p.s, p.cells, at.step, at.place * p.s.channels + channel, count, c);
+          }
         }
       }
     }
@@ -296,12 +297,9 @@ FCL_DEVICE void backward_four(const ConvLSTMBackward &p, int step, int image, in
     }
     const int64_t step_size = static_cast<int64_t>(p.s.batch) * pixels * channels;
     const int source = source_of(p.s, step, image);
-    const float *before = source >= 0 ? p.cells + source * step_size : (source == OUTSIDE ? p.s.c_0 : nullptr);
-    float c[4], c_before[4] = {}, dc[4];
-    load4(p.cells + step * step_size + at, c, count, aligned);
-    if (before != nullptr) {
-      load4(before + at, c_before, count, aligned);
-    }
+    float c[4], c_before[4], dc[4];
+    load4(static_cast<const T *>(p.cells) + step * step_size + at, c, count, aligned);
+    load_cell_before<T, 4>(p.s, p.cells, source, at, count, c_before);
     load4(p.grad_c + at, dc, count, aligned);
     backward_cell<Math>(p, step, place, channel, count, dh, c_before, c, dc, dz);
     if (source == NOTHING) {
@@ -446,8 +444,11 @@ conv_lstm_forward_sequence(FCL_PARAMS ConvLSTMForward p) {
             forward_cell<Math>(p, at, channel, count, z, c, h);
           }
           store_hidden<Math>(p, at, channel, h);
-          if (p.cells_step_stride != 0 || k == p.s.steps - 1) {
+          if (k == p.s.steps - 1) {
             store_cell(p, at, channel, count, c);
+          }
+          if (p.cells != nullptr) {
+            keep_cell<T>(p.s, p.cells, step, at.place * p.s.channels + channel, count, c);
           }
         }
       }

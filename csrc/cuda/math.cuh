@@ -131,4 +131,29 @@ template <class T> FCL_DEVICE void store4(T *to, const float (&from)[4], int cou
   }
 }
 
+// Any multiple of four neighbours.
+template <class T, int elements>
+FCL_DEVICE void load_elements(const T *from, float (&to)[elements], int count, bool aligned) {
+#pragma unroll
+  for (int k = 0; k < elements; k += 4) {
+    float four[4];
+    const int left = count - k < 0 ? 0 : (count - k > 4 ? 4 : count - k);
+    load4(from + k, four, left, aligned);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      to[k + j] = four[j];
+    }
+  }
+}
+
+template <class T, int elements>
+FCL_DEVICE void store_elements(T *to, const float (&from)[elements], int count, bool aligned) {
+#pragma unroll
+  for (int k = 0; k < elements; k += 4) {
+    const float four[4] = {from[k], from[k + 1], from[k + 2], from[k + 3]};
+    const int left = count - k < 0 ? 0 : (count - k > 4 ? 4 : count - k);
+    store4(to + k, four, left, aligned);
+  }
+}
+
 } // namespace fused_convlstm

@@ -72,7 +72,7 @@ void bind_parameters(py::module_ &m) {
     py::class_<Params> c(m, "ConvLSTMForward", py::module_local());
     c.def(py::init([] { return Params{}; }));
     FIELD(s), FIELD(input), FIELD(hidden), FIELD(h_0), FIELD(weight), FIELD(columns), FIELD(bias), FIELD(gates);
-    FIELD(gates_first), FIELD(store_gates), FIELD(store_state), FIELD(group), FIELD(cells), FIELD(cells_step_stride);
+    FIELD(gates_first), FIELD(store_gates), FIELD(group), FIELD(c), FIELD(cells);
   }
   {
     using Params = ConvLSTMBackward;
@@ -91,8 +91,8 @@ void bind_pooled_gate_parameters(py::module_ &m) {
     py::class_<Params> c(m, "PooledGateForward", py::module_local());
     c.def(py::init([] { return Params{}; }));
     FIELD(s), FIELD(hidden), FIELD(h_0), FIELD(gate_part), FIELD(gate_weight), FIELD(depthwise), FIELD(weight);
-    FIELD(columns), FIELD(candidate), FIELD(store_candidate), FIELD(gates), FIELD(gates_step_stride), FIELD(cells);
-    FIELD(cells_step_stride), FIELD(partial), FIELD(counters);
+    FIELD(columns), FIELD(candidate), FIELD(store_candidate), FIELD(gates), FIELD(gates_step_stride), FIELD(c);
+    FIELD(cells), FIELD(partial), FIELD(counters);
   }
   {
     using Params = PooledGateBackward;

@@ -61,9 +61,8 @@ struct ConvLSTMForward {
   void *gates;        // (T - gates_first, B, Ho, Wo, C, 4) or null
   int gates_first;
   int store_gates;
-  int store_state;           // 0: only the gates are wanted, h and cells are known
-  float *cells;              // (T, B, Ho, Wo, C), or without the T if cells_step_stride is 0
-  int64_t cells_step_stride; // in elements
+  float *c;    // (B, Ho, Wo, C): that of the step before, updated; null: only the gates are wanted, h and c are known
+  void *cells; // (T, B, Ho, Wo, C): c of each step, to be kept or as it was kept; or null
   Group group;
 };
 
@@ -78,7 +77,7 @@ struct ConvLSTMBackward {
   const int *sink;   // (T + 1, B) StepCode, the last row that of h_0; or null: one step after the other
   const void *gates; // (.., B, Ho, Wo, C, 4)
   int gates_first;
-  const float *cells;      // (T, B, Ho, Wo, C)
+  const void *cells;       // (T, B, Ho, Wo, C)
   const void *grad_output; // (.., B, Ho, Wo, C) or null
   int grad_output_first;
   int64_t grad_output_step_stride, grad_output_image_stride; // in elements
@@ -103,11 +102,11 @@ struct PooledGateForward {
   int store_candidate;
   float *gates;              // (T, B, 3 * C), or (B, 3 * C) if gates_step_stride is 0
   int64_t gates_step_stride; // in elements
-  float *cells;              // (T, B, Ho, Wo, C), or without the T if cells_step_stride is 0
-  int64_t cells_step_stride;
-  float *partial;     // scratch: (B, GROUP_BLOCKS, stored channels)
-  unsigned *counters; // scratch: (B,)
-  int blocks;         // of a group; set by the launcher
+  float *c;                  // (B, Ho, Wo, C): that of the step before, updated
+  void *cells;               // (T, B, Ho, Wo, C): c of each step, to be kept; or null
+  float *partial;            // scratch: (B, GROUP_BLOCKS, stored channels)
+  unsigned *counters;        // scratch: (B,)
+  int blocks;                // of a group; set by the launcher
 };
 
 struct PooledGateBackward {
@@ -120,7 +119,7 @@ struct PooledGateBackward {
   const int *sink;                                           // (T + 1, B) StepCode or null
   const void *candidate;                                     // (T, B, Ho, Wo, C)
   const float *gates;                                        // (T, B, 3 * C)
-  const float *cells;                                        // (T, B, Ho, Wo, C)
+  const void *cells;                                         // (T, B, Ho, Wo, C)
   const void *grad_output;                                   // (T, B, Ho, Wo, C) or null
   int64_t grad_output_step_stride, grad_output_image_stride; // in elements
   const void *grad_h_n;                                      // (B, Ho, Wo, C) or null

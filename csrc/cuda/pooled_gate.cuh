@@ -56,30 +56,6 @@ template <class T> struct alignas(CHUNK) ChunkOf {
   T value[CHUNK / sizeof(T)];
 };
 
-template <class T, int elements>
-FCL_DEVICE void load_elements(const T *from, float (&to)[elements], int count, bool aligned) {
-#pragma unroll
-  for (int k = 0; k < elements; k += 4) {
-    float four[4];
-    const int left = count - k < 0 ? 0 : (count - k > 4 ? 4 : count - k);
-    load4(from + k, four, left, aligned);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      to[k + j] = four[j];
-    }
-  }
-}
-
-template <class T, int elements>
-FCL_DEVICE void store_elements(T *to, const float (&from)[elements], int count, bool aligned) {
-#pragma unroll
-  for (int k = 0; k < elements; k += 4) {
-    const float four[4] = {from[k], from[k + 1], from[k + 2], from[k + 3]};
-    const int left = count - k < 0 ? 0 : (count - k > 4 ? 4 : count - k);
-    store4(to + k, four, left, aligned);
-  }
-}
-
 // A depthwise convolution at one pixel, one chunk of channels; weight (taps, stored channels).
 template <class T, int elements>
 FCL_DEVICE void depthwise_at(const Gather &g, const char *frame, const T *weight, int y, int x, int chunk,
@@ -283,7 +259,7 @@ FCL_DEVICE void pooled_gate_cells(const PooledGateForward &p, const PooledGateBl
   const int stored_channels = p.hidden.chunks * PooledGateTraits<Math>::elements;
   const bool aligned = channels % 4 == 0;
   const int64_t image_size = static_cast<int64_t>(block.pixels) * channels;
-  const float *before = source >= 0 ? p.cells + source * p.cells_step_stride : (source == OUTSIDE ? p.s.c_0 : nullptr);
+  const float *before = source >= 0 ? p.c : (source == OUTSIDE ? p.s.c_0 : nullptr);
   T *candidate = static_cast<T *>(p.candidate) + (static_cast<int64_t>(step) * p.s.batch + image) * image_size;
   char *frame = static_cast<char *>(const_cast<void *>(p.hidden.frames)) + step * p.hidden.step_stride +
                 image * p.hidden.image_stride;
@@ -322,7 +298,10 @@ FCL_DEVICE void pooled_gate_cells(const PooledGateForward &p, const PooledGateBl
         if (p.store_candidate) {
           store4(candidate + at, z, count, aligned);
         }
-        store4(p.cells + step * p.cells_step_stride + image * image_size + at, c, count, aligned);
+        store4(p.c + image * image_size + at, c, count, aligned);
+        if (p.cells != nullptr) {
+          keep_cell<T>(p.s, p.cells, step, image * image_size + at, count, c);
+        }
         store4(reinterpret_cast<T *>(frame + static_cast<int64_t>(pixel) * p.hidden.chunks * CHUNK) + channel, h, 4,
                true);
       }
@@ -333,8 +312,8 @@ FCL_DEVICE void pooled_gate_cells(const PooledGateForward &p, const PooledGateBl
 // A step that is none: zeros for what others may read.
 template <class Math>
 FCL_DEVICE void pooled_gate_no_step(const PooledGateForward &p, const PooledGateBlock &block, int step, int image) {
-  const int channels = p.s.channels;
-  const int64_t image_size = static_cast<int64_t>(block.pixels) * channels;
+  using T = typename Math::T;
+  const int64_t image_size = static_cast<int64_t>(block.pixels) * p.s.channels;
   char *frame = static_cast<char *>(const_cast<void *>(p.hidden.frames)) + step * p.hidden.step_stride +
                 image * p.hidden.image_stride;
   const int64_t words = static_cast<int64_t>(block.pixels) * p.hidden.chunks * (CHUNK / 4);
@@ -342,10 +321,10 @@ FCL_DEVICE void pooled_gate_no_step(const PooledGateForward &p, const PooledGate
   for (int64_t k = first; k < words; k += block.blocks * PooledTile::threads) {
     reinterpret_cast<uint32_t *>(frame)[k] = 0u;
   }
-  if (p.cells_step_stride != 0) {
-    float *cells = p.cells + step * p.cells_step_stride + image * image_size;
+  if (p.cells != nullptr) {
+    T *cells = static_cast<T *>(p.cells) + (static_cast<int64_t>(step) * p.s.batch + image) * image_size;
     for (int64_t k = first; k < image_size; k += block.blocks * PooledTile::threads) {
-      cells[k] = 0.0f;
+      cells[k] = from_float<T>(0.0f);
     }
   }
 }
@@ -489,7 +468,6 @@ FCL_DEVICE void pooled_gate_cells_backward(const PooledGateBackward &p, const Po
   const int source = source_of(p.s, step, image);
   const int64_t image_size = static_cast<int64_t>(block.pixels) * channels;
   const int64_t step_size = p.s.batch * image_size, image_at = image * image_size;
-  const float *before = source >= 0 ? p.cells + source * step_size : (source == OUTSIDE ? p.s.c_0 : nullptr);
   const float *gates = p.gates + (static_cast<int64_t>(step) * p.s.batch + image) * 3 * channels;
   const T *grad_output = p.grad_output == nullptr
                              ? nullptr
@@ -505,15 +483,14 @@ FCL_DEVICE void pooled_gate_cells_backward(const PooledGateBackward &p, const Po
       float dz[elements] = {};
       if (pixel < block.pixels) {
         const int64_t at = static_cast<int64_t>(pixel) * channels + channel;
-        float dh[elements], part[elements] = {}, c[elements], c_before[elements] = {}, g[elements], dc[elements];
+        float dh[elements], part[elements] = {}, c[elements], c_before[elements], g[elements], dc[elements];
         hidden_gradient<Math, elements>(p, sink, frame, grad_pooled, image, pixel, chunk, count, dh);
         if (grad_output != nullptr) {
           load_elements<T, elements>(grad_output + at, part, count, aligned);
         }
-        if (before != nullptr) {
-          load_elements<float, elements>(before + image_at + at, c_before, count, aligned);
-        }
-        load_elements<float, elements>(p.cells + step * step_size + image_at + at, c, count, aligned);
+        load_cell_before<T, elements>(p.s, p.cells, source, image_at + at, count, c_before);
+        load_elements<T, elements>(static_cast<const T *>(p.cells) + step * step_size + image_at + at, c, count,
+                                   aligned);
         load_elements<float, elements>(p.grad_c + image_at + at, dc, count, aligned);
         load_elements<T, elements>(static_cast<const T *>(p.candidate) + step * step_size + image_at + at, g, count,
                                    aligned);

@@ -85,16 +85,17 @@ class Problem(SequenceProblem):
         z = F.conv2d(frames, weight, bias, o.stride, padding, o.dilation)
         return nhwc(z).contiguous().view(self.steps, self.batch, self.height, self.width, 4 * self.channels)
 
-    def forward_block(self, states: Tensor, h_0: Tensor | None, cells: Tensor, input_frames: Tensor | None) -> Any:
-        """``states`` (T, B, Ho, Wo, whole chunks), ``cells`` (T or 1, B, Ho, Wo, C); the input is convolved in the
-        kernel if its frames are given, else its convolution is expected in the gates."""
+    def forward_block(
+        self, states: Tensor, h_0: Tensor | None, cells: Tensor | None, input_frames: Tensor | None
+    ) -> Any:
+        """``states`` (T, B, Ho, Wo, whole chunks), ``cells`` (T, B, Ho, Wo, C); the input is convolved in the kernel if
+        its frames are given, else its convolution is expected in the gates."""
         module, o = self.kernels.module, self.options
         p = module.ConvLSTMForward()
         p.s = self.sequence_block()
         p.hidden = recurrent_gather(module, states, self.weight_hh, o.recurrent_dilation)
         p.h_0 = address(h_0)
         p.cells = address(cells)
-        p.cells_step_stride = 0 if cells.size(0) == 1 and self.steps > 1 else cells.stride(0)
         if input_frames is not None:
             kernel_size = (self.weight_ih.size(2), self.weight_ih.size(3))
             p.input = input_gather(module, input_frames, kernel_size, o)
@@ -121,28 +122,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :meth:`fused_convlstm.backends.base.Backend.conv_lstm2d`."""
     p = Problem(kernels, input, c_0, weight_ih, weight_hh, bias, peephole, step_flags, options)
-    c_type = state_dtype(input.dtype)
     output = empty_frames_like(input, p.channels, p.height, p.width)
     h_n = empty_state_like(input, p.channels, p.height, p.width, input.dtype)
-    c_n = empty_state_like(input, p.channels, p.height, p.width, c_type)
+    c_n = empty_state_like(input, p.channels, p.height, p.width, state_dtype(input.dtype))
     no_gates = input.new_empty((0,))
-    kept_cells = p.frames(p.steps, p.channels, c_type) if save != SAVE_NOTHING else input.new_empty((0,), dtype=c_type)
+    cells = p.frames(p.steps, p.channels) if save != SAVE_NOTHING else input.new_empty((0,))
     if p.empty:
-        return output, h_n, c_n, p.frames(p.steps, 4 * p.channels) if save == SAVE_GATES else no_gates, kept_cells
+        return output, h_n, c_n, p.frames(p.steps, 4 * p.channels) if save == SAVE_GATES else no_gates, cells
 
     stored_channels = padded(p.channels, chunk_elements(input.dtype))
     direct = frames_are_channels_last(input) and stored_channels == p.channels
     states = nhwc(output) if direct else p.frames(p.steps, stored_channels)
-    cells = kept_cells if save != SAVE_NOTHING else p.frames(1, p.channels, c_type)
-    if save == SAVE_NOTHING and p.tables is not None:  # an image without a valid step is never written
-        cells.zero_() if p.c_0 is None else cells.copy_(p.c_0)
+    c = p.running_c()
     gates = p.input_part() if save == SAVE_GATES else None
     input_frames = in_chunks(input) if gates is None else None
     weight = p.forward_weight(with_input=gates is None)
     first_state = p.initial_in_chunks(h_0)
-    block = p.forward_block(states, first_state, cells, input_frames)
-    block.weight, block.columns = address(weight), weight.size(1)
-    block.gates, block.store_gates, block.store_state = address(gates), gates is not None, True
+    block = p.forward_block(states, first_state, cells if save != SAVE_NOTHING else None, input_frames)
+    block.weight, block.columns, block.c = address(weight), weight.size(1), address(c)
+    block.gates, block.store_gates = address(gates), gates is not None
     counters = p.counters()
     block.group.counters = address(counters)
     kernels.module.conv_lstm_forward(kernels.number, block)
@@ -150,8 +148,8 @@ def forward(
     if not direct:
         output.copy_(nchw(states[..., : p.channels]))
     h_n.copy_(nchw(p.last(nhwc(output), h_0)))
-    c_n.copy_(nchw(cells[0] if save == SAVE_NOTHING else p.last(cells, c_0)))
-    return output, h_n, c_n, no_gates if gates is None else gates, kept_cells
+    c_n.copy_(nchw(c))
+    return output, h_n, c_n, no_gates if gates is None else gates, cells
 
 
 def backward(
@@ -324,7 +322,7 @@ class BackwardPass:
             self.sums[4].add(gates_outermost(for_weight))
         if 6 in self.sums:
             dz = grad_gates.unflatten(-1, (p.channels, 4)).float()
-            c_0 = None if p.c_0 is None else p.c_0[None]
+            c_0 = None if p.c_0 is None else p.c_0[None].to(self.cells.dtype)
             c_before = previous_frames(self.cells, c_0, p.step_flags, begin, end, o.reverse)
             pairs = ((dz[..., 0], c_before), (dz[..., 1], c_before), (dz[..., 3], self.cells[begin:end]))
             self.sums[6].add(torch.stack([(grad * cell).sum((0, 1, 2, 3)) for grad, cell in pairs]))

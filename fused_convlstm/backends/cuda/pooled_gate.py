@@ -132,18 +132,16 @@ def forward(
     h_n = empty_state_like(input, p.channels, p.height, p.width, input.dtype)
     c_n = empty_state_like(input, p.channels, p.height, p.width, c_type)
     keep = save != SAVE_NOTHING
-    kept_cells = p.frames(p.steps, p.channels, c_type) if keep else input.new_empty((0,), dtype=c_type)
+    cells = p.frames(p.steps, p.channels) if keep else input.new_empty((0,))
     gates = input.new_empty((p.steps, p.batch, 3 * p.channels) if keep else (0,), dtype=c_type)
     if p.empty:
         no_frames = p.frames(p.steps, p.channels) if save == SAVE_GATES else input.new_empty((0,))
-        return output, h_n, c_n, gates, no_frames, kept_cells
+        return output, h_n, c_n, gates, no_frames, cells
 
     stored_channels = padded(p.channels, chunk_elements(input.dtype))
     direct = frames_are_channels_last(input) and stored_channels == p.channels
     states = nhwc(output) if direct else p.frames(p.steps, stored_channels)
-    cells = kept_cells if keep else p.frames(1, p.channels, c_type)
-    if not keep and p.tables is not None:  # an image without a valid step is never written
-        cells.zero_() if p.c_0 is None else cells.copy_(p.c_0)
+    c = p.running_c()
     candidate, gate_part, first_state = p.candidate_part(), p.gate_part(), p.initial_in_chunks(h_0)
     depthwise, weight = pack_depthwise(depthwise_hh), pack_pointwise(pointwise_hh.t(), kernels.number)
     gate_weight = gate_weight_hh.contiguous()
@@ -156,15 +154,15 @@ def forward(
     block.depthwise, block.weight, block.columns = address(depthwise), address(weight), weight.size(1)
     block.candidate, block.store_candidate = address(candidate), save == SAVE_GATES
     block.gates, block.gates_step_stride = address(some_gates), some_gates.stride(0) if keep else 0
-    block.cells, block.cells_step_stride = address(cells), cells.stride(0) if keep else 0
+    block.c, block.cells = address(c), address(cells if keep else None)
     block.partial, block.counters = address(partial), address(counters)
     kernels.module.pooled_gate_forward(kernels.number, block)
 
     if not direct:
         output.copy_(nchw(states[..., : p.channels]))
     h_n.copy_(nchw(p.last(nhwc(output), h_0)))
-    c_n.copy_(nchw(p.last(cells, c_0) if keep else cells[0]))
-    return output, h_n, c_n, gates, candidate if save == SAVE_GATES else input.new_empty((0,)), kept_cells
+    c_n.copy_(nchw(c))
+    return output, h_n, c_n, gates, candidate if save == SAVE_GATES else input.new_empty((0,)), cells
 
 
 def backward(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import ConvLSTMOptions
+from ..call import ConvLSTMOptions, state_dtype
 from ..frames import nhwc
 from .parameters import GATE_ACTIVATIONS, Kernels, StepTables, address, contiguous_nhwc, in_chunks
 
@@ -37,6 +37,13 @@ class SequenceProblem:
         """Uninitialised (steps, B, Ho, Wo, channels)."""
         shape = (steps, self.batch, self.height, self.width, channels)
         return self.input.new_empty(shape, dtype=dtype or self.input.dtype)
+
+    def running_c(self) -> Tensor:  # (B, Ho, Wo, C) in the type of the state
+        """Room for c, which the kernels take from step to step and leave as that of the last one."""
+        c = self.frames(1, self.channels, state_dtype(self.input.dtype))[0]
+        if self.tables is not None:  # an image without a valid step is never written
+            c.zero_() if self.c_0 is None else c.copy_(self.c_0)
+        return c
 
     def frame_bytes(self, channels: int) -> int:
         """Bytes of a step of that many channels."""
