@@ -252,6 +252,7 @@ class BackwardPass:
                 block.grad_output, block.grad_output_first = address(part), begin
                 block.grad_output_step_stride, block.grad_output_image_stride = part.stride(0), part.stride(1)
             module.conv_lstm_backward(p.kernels.number, block, begin, count)
+            del gates  # computed again, they would take memory until those of the next chunk are there
             used = slots[1 : count + 1] if reverse else slots[:count]
             self.batched(begin, end, used[..., : 4 * p.channels])
         grad_h_0 = self.grads[1]
