@@ -55,7 +55,7 @@ def check_repeatable(case: Case, backend: str, dtype: torch.dtype, device: str =
 
 def check_kept_cells(case: Case, backend: str, dtype: torch.dtype) -> None:
     """What a training call keeps of c after each step is the state there, rounded to the type of the input; the state
-    itself is not rounded."""
+    itself is not rounded. Not for reversed sequences."""
     tensors = make_tensors(case).to(dtype)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
