@@ -131,10 +131,10 @@ def test_repeatable(name: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 3])  # a launch a step; all steps in one
-@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize(("channels", "peephole"), [(5, "none"), (8, "none"), (5, "channel")])
 @pytest.mark.parametrize("name", FORMATS)
-def test_kept_cells(name: str, channels: int, tile: int) -> None:
-    case = replace(DEFAULT, steps=4, hidden_channels=channels, reset=True, peephole="channel")
+def test_kept_cells(name: str, channels: int, peephole: str, tile: int) -> None:
+    case = replace(DEFAULT, steps=4, hidden_channels=channels, reset=True, peephole=peephole)
     with number_format(name, tile) as backend:
         check_kept_cells(case, backend, FORMATS[name])
 

@@ -76,7 +76,11 @@ else:
     def test_recomputation_is_exact(case: Case) -> None:
         check_recomputation_is_exact(case)
 
-    @pytest.mark.parametrize("case", [BASE, replace(BASE, state=False, layout="channels_last")], ids=case_id)
+    KEPT = [BASE, replace(BASE, state=False, layout="channels_last")]
+    if CELL == "conv_lstm2d":
+        KEPT.append(replace(BASE, peephole="channel"))
+
+    @pytest.mark.parametrize("case", KEPT, ids=case_id)
     def test_kept_cells(case: Case) -> None:
         for recompute in (False, True):
             check_kept_cells(replace(case, steps=4, reset=True, recompute_gates=recompute), "triton", torch.float16)

@@ -72,7 +72,7 @@ void forward(const std::vector<int64_t> &sizes, const py::tuple &inputs, const p
   if (call.save == Save::gates)
     prefer_large_pages(call.gates, 4 * elements * bytes);
   if (call.save != Save::nothing)
-    prefer_large_pages(call.cells, elements * bytes);
+    prefer_large_pages(call.cells, elements * (call.peephole && bytes == 2 ? 4 : bytes));
   const py::gil_scoped_release release;
   FC_DISPATCH(conv_lstm2d_forward(call))
 }

@@ -48,7 +48,8 @@ struct ConvLSTM2dCall {
   // Contiguous (T, B, Ho, Wo, 4 * C): a pixel's gates as [group][gate][channel of the group], after the activation, but
   // before the clamp of a hard sigmoid.
   void *gates;
-  void *cells; // contiguous (T, B, Ho, Wo, C): c after each step, for the backward
+  // Contiguous (T, B, Ho, Wo, C): c after each step, in `dtype`; with peepholes, which read it, in the type of c_0.
+  void *cells;
 };
 
 struct ConvLSTM2dForward : ConvLSTM2dCall {

@@ -517,15 +517,22 @@ private:
   Elem *dz_slot(int64_t s, int64_t b) const {
     return dz_.get() + (s % (chunk_ + 1) * batch_ + b) * pixels_ * 4 * channels_;
   }
-  const Io *cells(int64_t s, int64_t b) const {
-    return static_cast<const Io *>(call_.cells) + (time_of(call_, s) * batch_ + b) * pixels_ * channels_;
+  // Cells are of type T with peepholes, which read them, else of type Io.
+  const void *cell_image(const void *cells, int64_t image) const {
+    const int64_t bytes = parameters_.has_peephole ? sizeof(T) : sizeof(Io);
+    return static_cast<const char *>(cells) + image * pixels_ * channels_ * bytes;
+  }
+  const void *cells(int64_t s, int64_t b) const { return cell_image(call_.cells, time_of(call_, s) * batch_ + b); }
+  Vec<T> load_cells(const void *cells, int64_t at, int lanes) const {
+    return parameters_.has_peephole ? load_first(static_cast<const T *>(cells) + at, lanes)
+                                    : load_first_as<T>(static_cast<const Io *>(cells) + at, lanes);
   }
   // c before step s of sample b; null: zeros
-  const Io *cells_before(int64_t s, int64_t b) const {
+  const void *cells_before(int64_t s, int64_t b) const {
     const int64_t before = predecessor_[s * batch_ + b];
     if (before >= 0)
       return cells(before, b);
-    return before == kInitial && call_.c_0 ? c_0_rows_.get() + b * pixels_ * channels_ : nullptr;
+    return before == kInitial && call_.c_0 ? cell_image(c_0_rows_.get(), b) : nullptr;
   }
   bool has_h_before(int64_t s, int64_t b) const {
     const int64_t before = predecessor_[s * batch_ + b];
@@ -556,14 +563,17 @@ private:
       zero_last_rows(input_rows_.get(), chunk_ * batch_, input_rows_per_image_, input_row_.size());
       zero_last_rows(h_rows_.get(), chunk_ * batch_, h_rows_per_image_, h_row_.size());
     }
-    const auto pack_state = [&](const auto &rows, const Tensor &from, DType type) {
+    const auto pack_state = [&](auto *rows, const Tensor &from, DType type) {
       if (from)
-        pack_frames(rows.get(), cell_row_, pixels_, from.data, type, from.stride + 1, width_, pixels_, batch_, thread,
+        pack_frames(rows, cell_row_, pixels_, from.data, type, from.stride + 1, width_, pixels_, batch_, thread,
                     threads, [&](int64_t b) { return frame_of(from, b); });
     };
-    pack_state(c_0_rows_, call_.c_0, state_type);
-    pack_state(dc_, call_.grad_c_n, state_type);
-    pack_state(grad_h_n_rows_, call_.grad_h_n, call_.dtype);
+    if (parameters_.has_peephole)
+      pack_state(c_0_rows_.get(), call_.c_0, state_type);
+    else
+      pack_state(reinterpret_cast<Io *>(c_0_rows_.get()), call_.c_0, state_type);
+    pack_state(dc_.get(), call_.grad_c_n, state_type);
+    pack_state(grad_h_n_rows_.get(), call_.grad_h_n, call_.dtype);
     for (int64_t b = 0; b < batch_; ++b) {
       state.pending[b] = false;
       state.from_end[b] = bool(call_.grad_h_n);
@@ -659,13 +669,12 @@ private:
             if (parameters_.has_peephole) {
               const T *weights = parameters_.peephole.get() + pixel * parameters_.peephole_pixel_stride + channel;
               const int64_t at = pixel * channels_ + channel;
-              if (const Io *before = cells_before(s, b)) {
-                const Vec<T> c = load_first_as<T>(before + at, lanes);
+              if (const void *before = cells_before(s, b)) {
+                const Vec<T> c = load_cells(before, at, lanes);
                 gate[0] = fma(load_first(weights, lanes), c, gate[0]);
                 gate[1] = fma(load_first(weights + channels_, lanes), c, gate[1]);
               }
-              gate[3] =
-                  fma(load_first(weights + 2 * channels_, lanes), load_first_as<T>(cells(s, b) + at, lanes), gate[3]);
+              gate[3] = fma(load_first(weights + 2 * channels_, lanes), load_cells(cells(s, b), at, lanes), gate[3]);
             }
             Elem *to =
                 dz_slot(s, b) + pixel * 4 * channels_ + lanes_.group(block) * 4 * per_group_ + lanes_.first(block);
@@ -708,7 +717,7 @@ private:
     for (int64_t k = begin; k < end; ++k) {
       const int64_t b = state.active[k / pixels_], pixel = k % pixels_;
       const int64_t row = (b * pixels_ + pixel) * channels_;
-      const Io *before = cells_before(s, b);
+      const void *before = cells_before(s, b);
       const Io *saved = recompute_ ? nullptr
                                    : static_cast<const Io *>(call_.gates) +
                                          ((time_of(call_, s) * batch_ + b) * pixels_ + pixel) * 4 * channels_;
@@ -728,8 +737,8 @@ private:
                                      : load_first_as<T>(saved + at + n * per_group_, lanes);
         const V i = clamp_gate<T>(activation, gate[0]), f = clamp_gate<T>(activation, gate[1]);
         const V g = gate[2], o = clamp_gate<T>(activation, gate[3]);
-        const V c = load_first_as<T>(cells(s, b) + pixel * channels_ + channel, lanes);
-        const V c_before = before == nullptr ? V{} : load_first_as<T>(before + pixel * channels_ + channel, lanes);
+        const V c = load_cells(cells(s, b), pixel * channels_ + channel, lanes);
+        const V c_before = before == nullptr ? V{} : load_cells(before, pixel * channels_ + channel, lanes);
         const V tanh_c = CellFunctions<N>::tanh(c);
         const V dz_o = dh * tanh_c * gate_slope<T>(activation, gate[3]);
         V dc = dh * o * (T(1) - tanh_c * tanh_c);
@@ -869,15 +878,15 @@ private:
     for (int64_t k = 0; k < count; ++k) {
       const int64_t index = state.active[k], s = begin + index / batch_, b = index % batch_;
       const Elem *dz = dz_slot(s, b);
-      const Io *c = cells(s, b), *before = cells_before(s, b);
+      const T *c = static_cast<const T *>(cells(s, b)), *before = static_cast<const T *>(cells_before(s, b));
       const auto add = [&](int64_t pixel, int64_t channel, double *to) {
         const Elem *z = dz + pixel * 4 * channels_ + channel / per_group_ * 4 * per_group_ + channel % per_group_;
         const int64_t at = pixel * channels_ + channel;
         if (before != nullptr) {
-          to[0] += convert<double>(z[0]) * convert<double>(before[at]);
-          to[channels_] += convert<double>(z[per_group_]) * convert<double>(before[at]);
+          to[0] += convert<double>(z[0]) * double(before[at]);
+          to[channels_] += convert<double>(z[per_group_]) * double(before[at]);
         }
-        to[2 * channels_] += convert<double>(z[3 * per_group_]) * convert<double>(c[at]);
+        to[2 * channels_] += convert<double>(z[3 * per_group_]) * double(c[at]);
       };
       if (call_.pixel_peephole) {
         for (int64_t pixel = range.begin; pixel < range.end; ++pixel)
@@ -1005,7 +1014,7 @@ private:
   Buffer<Elem> panels_;                      // dz for the weight gradients
   Buffer<T> grad_output_rows_;               // (2, B, pixels, C), the step's and the next one's
   Buffer<T> grad_h_n_rows_, dc_, dh_0_rows_; // (B, pixels, C)
-  Buffer<Io> c_0_rows_;                      // (B, pixels, C), rounded as the cells that follow on it
+  Buffer<T> c_0_rows_;                       // (B, pixels, C), of the type of the cells
   Buffer<double> bias_sums_;                 // [group][gate][channel]
   Buffer<double> peephole_sums_;             // [pixel or one][i, f, o][channel]
 };

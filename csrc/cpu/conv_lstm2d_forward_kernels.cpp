@@ -62,9 +62,6 @@ private:
     return input_rows_.get() + s % 2 * call_.batch * input_conv_.image_rows() * input_conv_.row.size();
   }
   Acc *cell_slot(int64_t b) const { return cell_rows_.get() + b * pixels_ * call_.channels; }
-  Io *saved_cells(int64_t t, int64_t b) const {
-    return static_cast<Io *>(call_.cells) + (t * call_.batch + b) * pixels_ * call_.channels;
-  }
 
   void pack_input(int64_t s, int thread, int threads) {
     const Geometry &geometry = *call_.input_conv;
@@ -150,7 +147,8 @@ private:
         to[p * call_.output.stride[4] + c * call_.output.stride[2]] = Io{};
     if (call_.save == Save::nothing)
       return;
-    std::memset(static_cast<void *>(saved_cells(t, b)), 0, size_t(pixels_ * call_.channels) * sizeof(Io));
+    const size_t bytes = size_t(pixels_ * call_.channels) * (parameters_.has_peephole ? sizeof(Acc) : sizeof(Io));
+    std::memset(static_cast<char *>(call_.cells) + size_t(t * call_.batch + b) * bytes, 0, bytes);
     if (call_.save == Save::gates)
       std::memset(static_cast<Io *>(call_.gates) + (t * call_.batch + b) * pixels_ * 4 * call_.channels, 0,
                   size_t(pixels_ * 4 * call_.channels) * sizeof(Io));
@@ -175,7 +173,7 @@ private:
       const int64_t b = state.active[image];
       const Acc *c_old = state.c_images[image];
       Acc *c_new = cell_slot(b) + pixel * channels + channel;
-      Io *saved = call_.save == Save::nothing ? nullptr : saved_cells(t, b) + pixel * channels + channel;
+      const int64_t saved = ((t * call_.batch + b) * pixels_ + pixel) * channels + channel;
       Elem *h_new = state.new_h[image] + pixel * h_row + h_channel;
       if (c_old != nullptr)
         c_old += pixel * channels + channel;
@@ -209,8 +207,12 @@ private:
         if constexpr (sizeof(Io) == 2 && sizeof(Elem) == 4)
           h = round_to_bfloat16(h); // the state is what the caller sees
         store_first(c_new + p * channels, c, lanes);
-        if (saved != nullptr)
-          store_first_as<Acc>(saved + p * channels, c, lanes);
+        if (call_.save != Save::nothing) {
+          if (parameters_.has_peephole)
+            store_first(static_cast<Acc *>(call_.cells) + saved + p * channels, c, lanes);
+          else
+            store_first_as<Acc>(static_cast<Io *>(call_.cells) + saved + p * channels, c, lanes);
+        }
         store_first_as<Acc>(h_new + p * h_row, h, lanes);
         if (gates != nullptr) {
           Io *to = gates + p * 4 * channels;

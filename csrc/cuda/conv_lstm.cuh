@@ -107,7 +107,7 @@ FCL_DEVICE void load_cell(const ConvLSTMForward &p, const ForwardPixel &at, int 
   if (at.source >= 0 && p.c != nullptr) {
     load4(p.c + place, c, count, p.s.channels % 4 == 0);
   } else {
-    load_cell_before<T, 4>(p.s, p.cells, at.source, place, count, c);
+    load_cell_before<T, 4>(p.s, p.cells, p.s.peephole != nullptr, at.source, place, count, c);
   }
 }
 
@@ -184,7 +184,7 @@ conv_lstm_forward_step(FCL_PARAMS ConvLSTMForward p) {
             store_cell(p, at, channel, count, c);
           }
           if (p.cells != nullptr) {
-            keep_cell<T>(p.s, p.cells, at.step, at.place * p.s.channels + channel, count, c);
+            keep_cell<T>(p.s, p.cells, p.s.peephole != nullptr, at.step, at.place * p.s.channels + channel, count, c);
           }
         }
       }
@@ -295,11 +295,11 @@ FCL_DEVICE void backward_four(const ConvLSTMBackward &p, int step, int image, in
         dh[k] += part[k];
       }
     }
-    const int64_t step_size = static_cast<int64_t>(p.s.batch) * pixels * channels;
     const int source = source_of(p.s, step, image);
     float c[4], c_before[4], dc[4];
-    load4(static_cast<const T *>(p.cells) + step * step_size + at, c, count, aligned);
-    load_cell_before<T, 4>(p.s, p.cells, source, at, count, c_before);
+    const bool exact = p.s.peephole != nullptr;
+    load_kept_cell<T, 4>(p.s, p.cells, exact, step, at, count, c);
+    load_cell_before<T, 4>(p.s, p.cells, exact, source, at, count, c_before);
     load4(p.grad_c + at, dc, count, aligned);
     backward_cell<Math>(p, step, place, channel, count, dh, c_before, c, dc, dz);
     if (source == NOTHING) {
@@ -448,7 +448,7 @@ conv_lstm_forward_sequence(FCL_PARAMS ConvLSTMForward p) {
             store_cell(p, at, channel, count, c);
           }
           if (p.cells != nullptr) {
-            keep_cell<T>(p.s, p.cells, step, at.place * p.s.channels + channel, count, c);
+            keep_cell<T>(p.s, p.cells, p.s.peephole != nullptr, step, at.place * p.s.channels + channel, count, c);
           }
         }
       }

@@ -62,7 +62,7 @@ struct ConvLSTMForward {
   int gates_first;
   int store_gates;
   float *c;    // (B, Ho, Wo, C): that of the step before, updated; null: only the gates are wanted, h and c are known
-  void *cells; // (T, B, Ho, Wo, C): c of each step, to be kept or as it was kept; or null
+  void *cells; // (T, B, Ho, Wo, C): c of each step, to be kept or as it was kept, float with peepholes; or null
   Group group;
 };
 
@@ -77,7 +77,7 @@ struct ConvLSTMBackward {
   const int *sink;   // (T + 1, B) StepCode, the last row that of h_0; or null: one step after the other
   const void *gates; // (.., B, Ho, Wo, C, 4)
   int gates_first;
-  const void *cells;       // (T, B, Ho, Wo, C)
+  const void *cells;       // (T, B, Ho, Wo, C), float with peepholes
   const void *grad_output; // (.., B, Ho, Wo, C) or null
   int grad_output_first;
   int64_t grad_output_step_stride, grad_output_image_stride; // in elements

@@ -300,7 +300,7 @@ FCL_DEVICE void pooled_gate_cells(const PooledGateForward &p, const PooledGateBl
         }
         store4(p.c + image * image_size + at, c, count, aligned);
         if (p.cells != nullptr) {
-          keep_cell<T>(p.s, p.cells, step, image * image_size + at, count, c);
+          keep_cell<T>(p.s, p.cells, false, step, image * image_size + at, count, c);
         }
         store4(reinterpret_cast<T *>(frame + static_cast<int64_t>(pixel) * p.hidden.chunks * CHUNK) + channel, h, 4,
                true);
@@ -488,9 +488,8 @@ FCL_DEVICE void pooled_gate_cells_backward(const PooledGateBackward &p, const Po
         if (grad_output != nullptr) {
           load_elements<T, elements>(grad_output + at, part, count, aligned);
         }
-        load_cell_before<T, elements>(p.s, p.cells, source, image_at + at, count, c_before);
-        load_elements<T, elements>(static_cast<const T *>(p.cells) + step * step_size + image_at + at, c, count,
-                                   aligned);
+        load_cell_before<T, elements>(p.s, p.cells, false, source, image_at + at, count, c_before);
+        load_kept_cell<T, elements>(p.s, p.cells, false, step, image_at + at, count, c);
         load_elements<float, elements>(p.grad_c + image_at + at, dc, count, aligned);
         load_elements<T, elements>(static_cast<const T *>(p.candidate) + step * step_size + image_at + at, g, count,
                                    aligned);

@@ -26,16 +26,28 @@ FCL_DEVICE int sink_of(const Sequence &s, const int *sink, int step, int image) 
   return after >= 0 && after < s.steps ? after : OUTSIDE;
 }
 
-// c as a step finds it, from what was kept of the steps: neighbouring channels, the first one element `at` of a frame.
+// c after a step, as it was kept: neighbouring channels, the first one element `at` of a frame. exact: as float,
+// because peepholes read it.
 template <class T, int elements>
-FCL_DEVICE void load_cell_before(const Sequence &s, const void *cells, int source, int64_t at, int count,
-                                 float (&c)[elements]) {
+FCL_DEVICE void load_kept_cell(const Sequence &s, const void *cells, bool exact, int step, int64_t at, int count,
+                               float (&c)[elements]) {
   const bool aligned = s.channels % 4 == 0;
+  const int64_t first = step * (static_cast<int64_t>(s.batch) * s.height * s.width * s.channels) + at;
+  if (exact) {
+    load_elements<float, elements>(static_cast<const float *>(cells) + first, c, count, aligned);
+  } else {
+    load_elements<T, elements>(static_cast<const T *>(cells) + first, c, count, aligned);
+  }
+}
+
+// c as a step finds it.
+template <class T, int elements>
+FCL_DEVICE void load_cell_before(const Sequence &s, const void *cells, bool exact, int source, int64_t at, int count,
+                                 float (&c)[elements]) {
   if (source >= 0) {
-    const int64_t step_size = static_cast<int64_t>(s.batch) * s.height * s.width * s.channels;
-    load_elements<T, elements>(static_cast<const T *>(cells) + source * step_size + at, c, count, aligned);
+    load_kept_cell<T, elements>(s, cells, exact, source, at, count, c);
   } else if (source == OUTSIDE && s.c_0 != nullptr) {
-    load_elements<float, elements>(s.c_0 + at, c, count, aligned);
+    load_elements<float, elements>(s.c_0 + at, c, count, s.channels % 4 == 0);
   } else {
 #pragma unroll
     for (int k = 0; k < elements; ++k) {
@@ -45,9 +57,15 @@ FCL_DEVICE void load_cell_before(const Sequence &s, const void *cells, int sourc
 }
 
 template <class T>
-FCL_DEVICE void keep_cell(const Sequence &s, void *cells, int step, int64_t at, int count, const float (&c)[4]) {
-  const int64_t step_size = static_cast<int64_t>(s.batch) * s.height * s.width * s.channels;
-  store4(static_cast<T *>(cells) + step * step_size + at, c, count, s.channels % 4 == 0);
+FCL_DEVICE void keep_cell(const Sequence &s, void *cells, bool exact, int step, int64_t at, int count,
+                          const float (&c)[4]) {
+  const bool aligned = s.channels % 4 == 0;
+  const int64_t first = step * (static_cast<int64_t>(s.batch) * s.height * s.width * s.channels) + at;
+  if (exact) {
+    store4(static_cast<float *>(cells) + first, c, count, aligned);
+  } else {
+    store4(static_cast<T *>(cells) + first, c, count, aligned);
+  }
 }
 
 // Of every 32 columns, fragments 0 to 3 of quad q hold channels 8 * q to 8 * q + 7.

@@ -55,8 +55,8 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns output (T, B, C, Ho, Wo), h_n, c_n (B, C, Ho, Wo),
         gates (T, B, Ho, Wo, 4 * C) if ``save`` is SAVE_GATES else (0,),
-        cells (T, B, Ho, Wo, C) unless ``save`` is SAVE_NOTHING, then (0,): in the type of the input, while the state
-        itself goes from step to step in state_dtype."""
+        cells (T, B, Ho, Wo, C) in kept_cells_dtype unless ``save`` is SAVE_NOTHING, then (0,); the state itself goes
+        from step to step in state_dtype."""
 
     @abstractmethod
     def conv_lstm2d_backward(
@@ -102,8 +102,8 @@ class Backend(ABC):
         """Returns output (T, B, C, Ho, Wo), h_n, c_n (B, C, Ho, Wo),
         gates (T, B, 3 * C) in state_dtype unless ``save`` is SAVE_NOTHING, then (0,),
         candidate (T, B, Ho, Wo, C) if ``save`` is SAVE_GATES else (0,),
-        cells (T, B, Ho, Wo, C) unless ``save`` is SAVE_NOTHING, then (0,): in the type of the input, while the state
-        itself goes from step to step in state_dtype."""
+        cells (T, B, Ho, Wo, C) in the type of the input unless ``save`` is SAVE_NOTHING, then (0,); the state itself
+        goes from step to step in state_dtype."""
 
     @abstractmethod
     def pooled_gate_conv_lstm2d_backward(

@@ -83,3 +83,9 @@ def conv_output_size(
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of the cell state: float32 for half-precision inputs, else that of the input."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def kept_cells_dtype(dtype: torch.dtype, peepholes: bool) -> torch.dtype:
+    """Type in which the cells are kept for backward: that of the input; with peepholes, which make gates of them, that
+    of the state, or gates that are computed again would not be those of the forward pass."""
+    return state_dtype(dtype) if peepholes else dtype

@@ -109,7 +109,7 @@ def input_frames(
 
 def previous_frames(
     frames: Tensor,  # (T, B, H, W, C): the state after each step
-    initial: Tensor | None,  # (1, B, H, W, C), or zeros; converted to the type of the frames
+    initial: Tensor | None,  # (1, B, H, W, C), or zeros
     step_flags: Tensor | None,  # (T, B)
     begin: int,
     end: int,
@@ -139,7 +139,7 @@ def previous_frames(
         # state the initial one.
         if initial is not None:
             past_end = (step_flags[before] & FLAG_PAST_END).bool()[:, :, None, None, None]
-            result[inner] = torch.where(past_end, initial.to(frames.dtype), result[inner])
+            result[inner] = torch.where(past_end, initial, result[inner])
         result.masked_fill_((step_flags[begin:end] & FLAG_RESET).bool()[:, :, None, None, None], 0)
     return result
 

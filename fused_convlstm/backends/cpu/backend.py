@@ -20,6 +20,7 @@ from ..call import (
     Call,
     ConvLSTMOptions,
     conv_output_size,
+    kept_cells_dtype,
     same_padding,
     state_dtype,
 )
@@ -95,7 +96,8 @@ class CpuBackend(Backend):
         c_n = empty_state_like(input, channels, *size, state_dtype(input.dtype))
         frames = (input.size(0), input.size(1), *size)
         gates = input.new_empty((*frames, 4 * channels) if save == SAVE_GATES else (0,))
-        cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,))
+        cells_dtype = kept_cells_dtype(input.dtype, peephole is not None)
+        cells = input.new_empty((*frames, channels) if save != SAVE_NOTHING else (0,), dtype=cells_dtype)
         transformed = winograd.choose(input, weight_ih, weight_hh, options, size)
         if transformed.gates:
             registry.note(f"cpu: gates by Winograd's {winograd.filter_name(transformed.gates)}")

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ...ops._sequence import empty_gradient
 from ...ops.layout import empty_frames_like, empty_state_like, frames_are_channels_last
-from ..call import SAVE_GATES, SAVE_NOTHING, ConvLSTMOptions, conv_output_size, same_padding, state_dtype
+from ..call import (
+    SAVE_GATES,
+    SAVE_NOTHING,
+    ConvLSTMOptions,
+    conv_output_size,
+    kept_cells_dtype,
+    same_padding,
+    state_dtype,
+)
 from ..frames import (
     Sum,
     chunk_steps,
@@ -126,7 +134,9 @@ def forward(
     h_n = empty_state_like(input, p.channels, p.height, p.width, input.dtype)
     c_n = empty_state_like(input, p.channels, p.height, p.width, state_dtype(input.dtype))
     no_gates = input.new_empty((0,))
-    cells = p.frames(p.steps, p.channels) if save != SAVE_NOTHING else input.new_empty((0,))
+    cells_dtype = kept_cells_dtype(input.dtype, peephole is not None)
+    keep = save != SAVE_NOTHING
+    cells = p.frames(p.steps, p.channels, cells_dtype) if keep else input.new_empty((0,), dtype=cells_dtype)
     if p.empty:
         return output, h_n, c_n, p.frames(p.steps, 4 * p.channels) if save == SAVE_GATES else no_gates, cells
 
@@ -138,7 +148,7 @@ def forward(
     input_frames = in_chunks(input) if gates is None else None
     weight = p.forward_weight(with_input=gates is None)
     first_state = p.initial_in_chunks(h_0)
-    block = p.forward_block(states, first_state, cells if save != SAVE_NOTHING else None, input_frames)
+    block = p.forward_block(states, first_state, cells if keep else None, input_frames)
     block.weight, block.columns, block.c = address(weight), weight.size(1), address(c)
     block.gates, block.store_gates = address(gates), gates is not None
     counters = p.counters()
@@ -323,7 +333,7 @@ class BackwardPass:
             self.sums[4].add(gates_outermost(for_weight))
         if 6 in self.sums:
             dz = grad_gates.unflatten(-1, (p.channels, 4)).float()
-            c_0 = None if p.c_0 is None else p.c_0[None].to(self.cells.dtype)
+            c_0 = None if p.c_0 is None else p.c_0[None]
             c_before = previous_frames(self.cells, c_0, p.step_flags, begin, end, o.reverse)
             pairs = ((dz[..., 0], c_before), (dz[..., 1], c_before), (dz[..., 3], self.cells[begin:end]))
             self.sums[6].add(torch.stack([(grad * cell).sum((0, 1, 2, 3)) for grad, cell in pairs]))

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ...ops._sequence import empty_gradient
 from ...ops.layout import empty_frames_like, empty_state_like, frames_are_channels_last
-from ..call import SAVE_GATES, SAVE_NOTHING, ConvLSTMOptions, conv_output_size, same_padding, state_dtype
+from ..call import (
+    SAVE_GATES,
+    SAVE_NOTHING,
+    ConvLSTMOptions,
+    conv_output_size,
+    kept_cells_dtype,
+    same_padding,
+    state_dtype,
+)
 from ..frames import (
     FLAT_CHANNELS,
     Sum,
@@ -275,7 +283,8 @@ def forward(
     h_n = empty_state_like(input, p.channels, p.height, p.width, dtype)
     c_n = empty_state_like(input, p.channels, p.height, p.width, c_type)
     gates = input.new_empty((p.steps, p.rows, 4 * p.channels) if save == SAVE_GATES else (0,))
-    cells = input.new_empty((0,)) if save == SAVE_NOTHING else p.frames(p.steps, dtype=dtype)
+    cells_dtype = kept_cells_dtype(dtype, peephole is not None)
+    cells = input.new_empty((0,), dtype=cells_dtype) if save == SAVE_NOTHING else p.frames(p.steps, dtype=cells_dtype)
     gates_shape = (p.steps, p.batch, p.height, p.width, 4 * p.channels)
     if p.rows == 0:
         return output, h_n, c_n, gates.view(gates_shape) if save == SAVE_GATES else gates, cells
@@ -535,7 +544,8 @@ def _batched_gradients(
         assert c_before is not None
         d_i, d_f, _, d_o = gate_major_channels(dz, p.groups)
         axes = (0, 1, 2) if grad_peephole.dim() == 2 else (0,)
-        c, c_before = cells[begin:end].flatten(0, 1).float(), c_before.flatten(0, 1).float()
+        c = cells[begin:end].flatten(0, 1)
+        c_before = c_before.flatten(0, 1)
         parts = [(d * state).sum(axes) for d, state in ((d_i, c_before), (d_f, c_before), (d_o, c))]
         sums["peephole"].add(torch.stack([part if part.dim() == 1 else nchw(part) for part in parts]))
 
