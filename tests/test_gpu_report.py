@@ -122,7 +122,7 @@ def run_report(stub: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 
 
 def test_a_report_from_beginning_to_end(run_report: Callable[..., tuple[int, Any]], stub: Path) -> None:
-    code, report = run_report("--minutes", "1")
+    code, report = run_report("--minutes", "10")
     assert code == 0
     names = {"eager", "channels_last", "cpu", "cpu, channels last", "cpu, channels last, CUDA graph"}
     assert {r.implementation for r in report.results if r.task == "inference"} == names
@@ -157,7 +157,7 @@ def test_a_report_goes_on_where_it_stopped(
     report.results = [kept]
     report.save(stub / "gpu-stand-in-1.json")
     monkeypatch.setattr(gpu_report, "run_tests", lambda *_: pytest.fail("the suite has passed already"))
-    code, report = run_report("--minutes", "1")
+    code, report = run_report("--minutes", "10")
     assert code == 0
     assert report.results[0] == kept
     assert not report.to_do()
@@ -184,7 +184,7 @@ def test_a_wrong_result_is_not_timed(
         return lambda: function() * 1.5  # type: ignore[operator]
 
     monkeypatch.setattr(gpu, "prepare", wrong)
-    code, report = run_report("--minutes", "1")
+    code, report = run_report("--minutes", "10")
     assert code == 1
     assert len(report.failures) == 2
     assert all("differs from the first implementation" in why for why in report.failures.values())
