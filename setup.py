@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
+
+# The package itself cannot be imported here: it needs PyTorch, building does not.
+digest = runpy.run_path(str(ROOT / "fused_convlstm" / "backends" / "sources.py"))["digest"]
 
 NO_COMPILER = (
     "fused_convlstm: the C++ compiler {compiler!r} was not found or does not work. Install one with OpenMP: "
@@ -108,7 +112,7 @@ def build_cpu(target: Path, build: Path) -> None:
     build = build / "-".join(sets)  # the dispatcher's object knows which sets there are
     build.mkdir(exist_ok=True)
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", f"-I{CPU_SOURCES}"]
-    have = [f"-DFC_HAVE_{name.upper()}=1" for name in sets]
+    defines = [f'-DFC_SOURCES="{digest(CPU_SOURCES)}"', *(f"-DFC_HAVE_{name.upper()}=1" for name in sets)]
     newest_header = max(path.stat().st_mtime for path in (*CPU_SOURCES.glob("*.h"), Path(__file__)))
 
     objects: list[Path] = []
@@ -119,10 +123,11 @@ def build_cpu(target: Path, build: Path) -> None:
         for name, flags in variants.items():
             target_object = build / f"{source.stem}{'.' + name if name else ''}.o"
             objects.append(target_object)
-            if target_object.exists() and target_object.stat().st_mtime > max(source.stat().st_mtime, newest_header):
+            reusable = target_object.exists() and source.stem != "module"  # which holds the hash of all sources
+            if reusable and target_object.stat().st_mtime > max(source.stat().st_mtime, newest_header):
                 continue
             isa = [f"-DFC_ISA={name}", f"-DFC_ISA_{name.upper()}=1"] if name else []
-            command = [*compiler(), *common_flags(), *includes, *have, *isa, *flags, "-c", str(source)]
+            command = [*compiler(), *common_flags(), *includes, *defines, *isa, *flags, "-c", str(source)]
             commands.append([*command, "-o", str(target_object)])
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(run, commands))
@@ -216,7 +221,11 @@ def build_cuda(target: Path, build: Path) -> None:
             commands.append([nvcc, *host, *flags, *architectures, "-c", str(source), "-o", str(objects[-1])])
     binding = build / "module.o"
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    defines = ["-DFCL_MODULE_NAME=_cuda", f'-DFCL_ARCHITECTURES="{names}"']
+    defines = [
+        "-DFCL_MODULE_NAME=_cuda",
+        f'-DFCL_ARCHITECTURES="{names}"',
+        f'-DFCL_SOURCES="{digest(CUDA_SOURCES)}"',
+    ]
     commands.append(
         [*compiler(), *common_flags(), *includes, *defines, "-c", str(CUDA_SOURCES / "module.cpp"), "-o", str(binding)]
     )

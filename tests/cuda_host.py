@@ -55,7 +55,8 @@ def build(sanitized: bool = False) -> Path:
             for source in sorted(SOURCES.glob("*_kernels.cu"))
             for math in MATHS
         ]
-        defines = ["-DFUSED_CONVLSTM_HOST_SHIM", "-DFCL_MODULE_NAME=_cuda_host", '-DFCL_ARCHITECTURES="host"']
+        defines = ["-DFUSED_CONVLSTM_HOST_SHIM", "-DFCL_MODULE_NAME=_cuda_host"]
+        defines += ['-DFCL_ARCHITECTURES="host"', '-DFCL_SOURCES="host"']
         sources = [SOURCES / "module.cpp", *sorted((SOURCES / "host_shim").glob("*.cpp"))]
         jobs += [(source, f"{source.stem}.o", defines) for source in sources]
 

@@ -6,8 +6,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from fused_convlstm import _cpu
+from fused_convlstm.backends.sources import check_sources, digest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fused_convlstm", "csrc", "tests", "benchmarks", "docs")
@@ -58,7 +62,29 @@ def test_without_the_compiled_kernels_the_import_warns(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "RuntimeWarning: fused_convlstm: on the CPU everything will run on the slow reference" in result.stderr
-    assert "fused_convlstm._cpu is not there" in result.stdout
+    assert "fused_convlstm._cpu is not usable" in result.stdout
+
+
+def test_a_module_older_than_its_sources_is_refused(tmp_path: Path) -> None:
+    sources = tmp_path / "csrc" / "cpu"
+    sources.mkdir(parents=True)
+    (sources / "kernel.cpp").write_text("int one = 1;\n")
+    (tmp_path / "setup.py").touch()
+    module = ModuleType("fused_convlstm._cpu")
+    module.SOURCES = digest(sources)  # type: ignore[attr-defined]
+    check_sources(module, "cpu", tmp_path)
+    (sources / "kernel.cpp").write_text("int two = 2;\n")
+    with pytest.raises(ImportError, match=r"built from other sources than those in .*csrc.cpu; build it again"):
+        check_sources(module, "cpu", tmp_path)
+    del module.SOURCES  # as in modules built before there was a hash
+    with pytest.raises(ImportError, match="build it again"):
+        check_sources(module, "cpu", tmp_path)
+    (tmp_path / "setup.py").unlink()  # a folder that happens to lie beside the installed package
+    check_sources(module, "cpu", tmp_path)
+
+
+def test_the_compiled_module_carries_the_hash_of_its_sources() -> None:
+    assert _cpu.SOURCES == digest(ROOT / "csrc" / "cpu")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("detected_instruction_sets", [] { return names(isa_detected); });
   m.def("instruction_set", [] { return isa_name(current_isa()); }, "The one in use.");
   m.def("select_instruction_set", select_by_name, py::arg("name"), "Uses another one from now on, for tests.");
+  m.attr("SOURCES") = FC_SOURCES;
   bind_conv_lstm2d(m);
   bind_pooled_gate(m);
 }

@@ -167,6 +167,7 @@ PYBIND11_MODULE(FCL_MODULE_NAME, m) {
   fused_convlstm::bind_conv_lstm(m);
   fused_convlstm::bind_pooled_gate_parameters(m);
   fused_convlstm::bind_pooled_gate(m);
+  m.attr("SOURCES") = FCL_SOURCES;
   m.attr("architectures") = FCL_ARCHITECTURES;
 #ifdef FUSED_CONVLSTM_HOST_SHIM
   fused_convlstm::host::bind_settings(m);

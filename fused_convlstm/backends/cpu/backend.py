@@ -24,11 +24,14 @@ from ..call import (
     same_padding,
     state_dtype,
 )
+from ..sources import check_sources
 from . import pooled_gate, winograd
 from .arguments import DTYPES, GATE_ACTIVATIONS, PADDING_MODES, views
 
 try:
     from ... import _cpu
+
+    check_sources(_cpu, "cpu")
 except ImportError as error:
     _import_error: ImportError | None = error
     warnings.warn(
@@ -51,7 +54,7 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def unavailable(self) -> str | None:
-        return None if _import_error is None else f"the extension fused_convlstm._cpu is not there: {_import_error}"
+        return None if _import_error is None else f"the extension fused_convlstm._cpu is not usable: {_import_error}"
 
     def refuse(self, call: Call) -> str | None:
         if call.device.type != "cpu":

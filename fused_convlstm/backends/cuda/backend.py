@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base import Backend
 from ..call import Call
+from ..sources import check_sources
 from ..tf32 import tf32_allowed
 from . import conv_lstm2d, measured, pooled_gate
 from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels, chunk_elements, padded
@@ -32,7 +33,9 @@ class CudaBackend(Backend):
     def _loaded(self) -> tuple[Any, str | None]:
         """The extension, or why there is none."""
         try:
-            return importlib.import_module("fused_convlstm._cuda"), None
+            module = importlib.import_module("fused_convlstm._cuda")
+            check_sources(module, "cuda")
+            return module, None
         except ImportError as error:
             return None, f"the extension fused_convlstm._cuda is not built or cannot be loaded ({error})"
 
