@@ -31,5 +31,5 @@ def check_sources(module: ModuleType, folder: str, root: Path = _ROOT) -> None:
     sources = root / "csrc" / folder
     if (root / "setup.py").is_file() and sources.is_dir() and getattr(module, "SOURCES", None) != digest(sources):
         raise ImportError(
-            f"{module.__name__} was built from other sources than those in {sources}; build it again: `pip install -e .`"
+            f"{module.__name__} was built from other sources than {sources} holds; build it again: `pip install -e .`"
         )
