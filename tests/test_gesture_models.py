@@ -112,10 +112,14 @@ def test_resnet50_has_torchvisions_layout() -> None:
 
 def test_pyramid_of_a_clip() -> None:
     """The whole, its halves, its quarters: as many steps each."""
-    whole, *rest = pyramid_steps(8, 3).tolist()
+    whole, *rest = pyramid_steps(torch.tensor([8]), 3)[0][..., 0].tolist()
     assert whole == [0, 4]
     assert rest == [[0, 2], [4, 6], [0, 1], [2, 3], [4, 5], [6, 7]]
-    assert pyramid_steps(5, 2).tolist() == [[0, 2, 4], [0, 1, 2], [3, 4, 4]]
+    index, valid = pyramid_steps(torch.tensor([5, 3]), 2)
+    assert index[..., 0].tolist() == [[0, 2, 4], [0, 1, 2], [3, 4, 4]]
+    assert valid[..., 0].all()
+    assert index[:, :2, 1].tolist() == [[0, 2], [0, 1], [2, 2]], "a shorter clip's own halves"
+    assert valid[..., 1].tolist() == [[True, True, False]] * 3
 
 
 def test_vgg16_has_torchvisions_layout() -> None:
@@ -184,6 +188,50 @@ def test_padding_is_not_seen(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_evaluation_does_not_depend_on_the_batch(name: str) -> None:
+    model, clips = make(name)
+    model(clips)  # running statistics other than those at the start
+    model.eval()
+    lengths = torch.tensor([4, 6, 3, 4])
+    batch = torch.cat((clips, clips.flip(0)), dim=1)
+    resets = {scale: torch.arange(6)[:, None].expand(6, 4) % 4 == 2 for scale in model.scales}
+    with torch.no_grad():
+        outputs, _ = model(batch, lengths=lengths, resets=resets)
+        for k, length in enumerate(lengths.tolist()):
+            cut = {scale: schedule[:length, k : k + 1] for scale, schedule in resets.items()}
+            alone, _ = model(batch[:length, k : k + 1], resets=cut)
+            torch.testing.assert_close(outputs[:length, k : k + 1], alone, rtol=1e-5, atol=1e-6)
+        empty, _ = model(batch[:, :2], lengths=torch.tensor([6, 0]))
+        torch.testing.assert_close(empty[:, :1], model(batch[:, :1])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_convolutions_over_time_are_averaged_over_the_clip() -> None:
+    """In training too: two clips of which one is padded to eight times its length."""
+    model, clips = make("resnet34_2d_conv")
+    seen = {}
+    model.temporal.register_forward_hook(lambda _, inputs, output: seen.update(temporal=output))
+    model.head.register_forward_hook(lambda _, inputs, output: seen.update(head=inputs[0]))
+    model.train()(clips.repeat(4, 1, 1, 1, 1), lengths=torch.tensor([24, 3]))
+    assert seen["temporal"].shape[2] == 3
+    torch.testing.assert_close(seen["head"][1], seen["temporal"][1, :, 0])
+    torch.testing.assert_close(seen["head"][0], seen["temporal"][0].mean(1))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_reset_resets_what_a_scale_names(design: str) -> None:
+    """Reset at every step the outputs have no memory; designs without a convolutional state have no scale."""
+    model, clips = make(f"video_{design}", initial_state=False, motion="same")
+    model.eval()
+    if design in ("frames", "lstm"):
+        assert model.scales == ()
+        return
+    with torch.no_grad():
+        outputs, _ = model(clips, resets={"lstm": torch.ones(6, 2, dtype=torch.bool)})
+        single = torch.cat([model(frame[None])[0] for frame in clips])
+    torch.testing.assert_close(outputs, single, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_video_lstm_streams_without_an_initial_state(design: str) -> None:
     for motion in ("flow", "difference", "same") if design == "motion" else ("flow",):
@@ -199,8 +247,9 @@ def test_video_lstm_streams_without_an_initial_state(design: str) -> None:
 def test_whole_clips_only() -> None:
     for name in ("res3d_pooled_gate_mobilenet", "video_convalstm"):
         model, clips = make(name)
-        with pytest.raises(ValueError, match="state: expected None"):
-            model(clips, {"lstm.lstm.h": torch.zeros(1)})
+        for state in ({"lstm.lstm.h": torch.zeros(1)}, {}):  # {}: what a model with one output a clip returns
+            with pytest.raises(ValueError, match="state: expected None"):
+                model(clips, state)
 
 
 def test_resets_of_the_component() -> None:
@@ -235,6 +284,13 @@ def test_errors(name: str, options: dict[str, Any], message: str) -> None:
 
 
 def test_multitower_takes_so_many_frames() -> None:
+    """In training no more, in evaluation the middle of each clip."""
     model, clips = make("vggm_multitower")
-    with pytest.raises(ValueError, match="frames: expected at most 6"):
-        model(torch.cat((clips, clips)))
+    longer = torch.cat((clips, clips.flip(0)))
+    with pytest.raises(ValueError, match="frames: expected at most 6 in training"):
+        model(longer)
+    model.eval()
+    with torch.no_grad():
+        outputs, _ = model(longer, lengths=torch.tensor([12, 9]))
+        torch.testing.assert_close(outputs[:6, :1], model(longer[3:9, :1])[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs[:6, 1:], model(longer[1:7, 1:])[0], rtol=1e-5, atol=1e-6)

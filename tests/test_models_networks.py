@@ -172,6 +172,20 @@ def test_padding_does_not_reach_outputs_states_or_gradients(name):
         torch.testing.assert_close(a, b)
 
 
+def test_one_value_a_channel_is_normalised_by_running_statistics():
+    """The last chunk of a clip may be one frame of one clip, whose maps may have one pixel."""
+    model = tiny("vgg").train()
+    _, state = model(torch.rand(4, 3, 1, 48, 48))
+    before = {key: tensor.clone() for key, tensor in model.fc_norm.state_dict().items()}
+    output, _ = model(torch.rand(1, 3, 1, 48, 48), detach_state(state), lengths=torch.tensor([1, 0, 0]))
+    output[0, 0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for key, tensor in model.fc_norm.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    x = torch.rand(1, 1, 8, 1, 1)
+    torch.testing.assert_close(model.fc_norm(x, None), model.fc_norm.eval()(x, None))
+
+
 def test_a_sample_that_is_over_keeps_its_state():
     model = tiny("resnet-attention").eval()
     frames = torch.rand(4, 2, 1, 48, 48)

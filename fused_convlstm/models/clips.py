@@ -15,19 +15,30 @@ from .streaming import Carry, StreamingModel
 class ClipModel(StreamingModel):
     """A model with one output a clip, given at every frame so that it trains and reads like the others.
 
-    A clip has to be given whole.
+    A clip has to be given whole. In evaluation clips of one length run together, without padding, so that an output
+    does not depend on the other clips of the batch. In training they run padded with zeros, which convolutions and
+    normalisation over time see.
     """
 
     streams = False
 
     def _run(self, frames: Tensor, carry: Carry, resets: Mapping[str, Tensor]) -> Tensor:
-        if carry.before:
+        if carry.before is not None:
             raise ValueError("state: expected None: this model needs the whole clip at once")
         if carry.valid is not None:
             # What stands in the padding must not be seen.
             frames = frames.masked_fill(~carry.valid[:, :, None, None, None], 0)
-        output: Tensor = self._clip(frames, carry, resets).expand(frames.size(0), -1, -1)
-        return output
+        if carry.lengths is None or self.training:
+            output = self._clip(frames, carry, resets)
+        else:
+            lengths = carry.lengths.clamp_min(1)  # a clip without a valid step counts as one of a zero frame
+            groups = [(length, torch.nonzero(lengths == length).flatten()) for length in lengths.unique().tolist()]
+            parts = []
+            for length, clips in groups:
+                cut = {name: schedule[:length, clips] for name, schedule in resets.items()}
+                parts.append(self._clip(frames[:length, clips], Carry(None, None, None), cut))
+            output = torch.cat(parts)[torch.cat([clips for _, clips in groups]).argsort()]
+        return output.expand(frames.size(0), -1, -1)
 
     @abstractmethod
     def _clip(self, frames: Tensor, carry: Carry, resets: Mapping[str, Tensor]) -> Tensor:

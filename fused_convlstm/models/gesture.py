@@ -312,22 +312,34 @@ class PyramidalC3D(C3D):
     _parts = 2**_levels - 1
 
     def _features(self, frames: Tensor, valid: Tensor | None) -> Tensor:
-        index = pyramid_steps(frames.size(0), self._levels)  # (parts, steps of a part)
-        parts = frames[index].transpose(0, 1).flatten(1, 2)  # (steps, parts * B, C, H, W)
-        part_valid = None if valid is None else valid[index].transpose(0, 1).flatten(1, 2)
-        x = super()._features(parts, part_valid)  # (parts * B, K)
+        clips = frames.size(1)
+        lengths = torch.full((clips,), frames.size(0)) if valid is None else valid.sum(dim=0).cpu()
+        index, part_valid = pyramid_steps(lengths.clamp_min(1), self._levels)  # (parts, steps of a part, B)
+        parts = frames[index, torch.arange(clips)].transpose(0, 1).flatten(1, 2)  # (steps, parts * B, C, H, W)
+        if valid is not None:
+            valid = part_valid.transpose(0, 1).flatten(1, 2).to(frames.device)
+            parts = parts.masked_fill(~valid[:, :, None, None, None], 0)
+        x = super()._features(parts, valid)  # (parts * B, K)
         return x.unflatten(0, (len(index), -1)).transpose(0, 1).flatten(1)
 
 
-def pyramid_steps(steps: int, levels: int) -> Tensor:
-    """Which steps the parts of a pyramid have: (parts, steps of a part). A step past the last is the last."""
+def pyramid_steps(
+    lengths: Tensor,  # (B,)
+    levels: int,
+) -> tuple[Tensor, Tensor]:  # (parts, steps of a part, B) each
+    """Which steps the parts of a pyramid have of clips of ``lengths`` frames, and which of these are valid.
+
+    The parts of a shorter clip have fewer. A step past a clip's last is the last.
+    """
     finest = 2 ** (levels - 1)  # parts of the last level
-    length = -(-steps // finest)
+    counts = -(-lengths // finest)  # (B,)
+    steps = torch.arange(int(counts.max()))[:, None]  # (steps, 1)
     parts = []
     for level in range(levels):
         stride = finest >> level
-        parts += [torch.arange(length) * stride + part * length * stride for part in range(2**level)]
-    return torch.stack(parts).clamp(max=steps - 1)
+        parts += [(steps + part * counts) * stride for part in range(2**level)]
+    index = torch.stack(parts).minimum(lengths - 1)
+    return index, (steps < counts).expand_as(index)
 
 
 def _dropout(model: ClipModel, x: Tensor) -> Tensor:

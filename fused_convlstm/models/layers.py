@@ -47,12 +47,22 @@ class FrameNorm(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         frames = x.flatten(0, 1)
-        if valid is None or not isinstance(self.norm, nn.BatchNorm2d) or not self.training:
+        if not isinstance(self.norm, nn.BatchNorm2d) or not self.training:
             return self.norm(frames).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+        if valid is None:
+            return _batch_norm(self.norm, frames).unflatten(0, x.shape[:2])
         # Padding must not count among the statistics.
         index = valid.flatten().nonzero().flatten()
-        normed = self.norm(frames[index])
+        normed = _batch_norm(self.norm, frames[index])
         return torch.zeros_like(frames, dtype=normed.dtype).index_copy(0, index, normed).unflatten(0, x.shape[:2])
+
+
+def _batch_norm(norm: nn.BatchNorm2d, frames: Tensor) -> Tensor:  # (N, C, H, W)
+    """``norm`` in training. One value a channel, as the last chunk of a clip may have on maps of one pixel, has no
+    variance: it is normalised by the running statistics, and leaves them as they are."""
+    if frames.numel() > frames.size(1) or not norm.training:
+        return norm(frames)  # type: ignore[no-any-return]
+    return F.batch_norm(frames, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 class SpatialLayer(nn.Module):

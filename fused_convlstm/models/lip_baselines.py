@@ -17,6 +17,7 @@ from .clips import (
     mean_over_steps,
     per_frame,
     scaled,
+    strided_steps,
     to_frames,
     to_volume,
 )
@@ -141,7 +142,8 @@ class LipResNet(ClipModel):
         else:
             if carry.valid is not None:
                 x = x * carry.valid[:, :, None]
-            x = self.temporal(x.permute(1, 2, 0)).mean(dim=2)  # (B, F, T) -> (B, F)
+            x = self.temporal(x.permute(1, 2, 0)).permute(2, 0, 1)  # (T / 8, B, 2 * F)
+            x = mean_over_steps(x, strided_steps(carry.valid, 8))
         return self.head(F.dropout(x, self.config.dropout, self.training))  # type: ignore[no-any-return]
 
 
@@ -161,7 +163,8 @@ class VGGMConfig(ModelConfig):
     Attributes:
         channels: of the five convolutions.
         fc_channels: of the fully connected layer.
-        frames: how many the multitower network takes; shorter clips are filled with zeros at the end.
+        frames: how many the multitower network takes; shorter clips are filled with zeros at the end, and of longer
+            ones, which it takes in evaluation only, the middle is seen.
         head_channels: of the LSTM.
         dropout: before the LSTM, or before the output layer.
     """
@@ -220,8 +223,13 @@ class VGGMMultitower(ClipModel):
 
     def _clip(self, frames: Tensor, carry: Carry, resets: Mapping[str, Tensor]) -> Tensor:
         wanted = self.config.frames
-        if frames.size(0) > wanted:
-            raise ValueError(f"frames: expected at most {wanted} (the model's option 'frames'), got {frames.size(0)}")
+        if frames.size(0) > wanted and self.training:
+            raise ValueError(
+                f"frames: expected at most {wanted} in training (the model's option 'frames'), got {frames.size(0)}"
+            )
+        if frames.size(0) > wanted:  # without padding, as ClipModel evaluates
+            start = (frames.size(0) - wanted) // 2
+            frames = frames[start : start + wanted]
         x = per_frame(self.tower, frames, carry.valid)
         x = torch.cat((x, x.new_zeros((wanted - x.size(0), *x.shape[1:])))).transpose(0, 1).flatten(1, 2)
         x = self.upper(F.relu(self.reduce(x)))

@@ -109,7 +109,6 @@ class VideoLSTM(StreamingModel):
     """
 
     config: VideoLSTMConfig
-    scales = ("lstm",)
 
     def __init__(self, config: VideoLSTMConfig) -> None:
         super().__init__()
@@ -145,6 +144,8 @@ class VideoLSTM(StreamingModel):
             self.lstm = MotionAttentionConvLSTM2d(
                 features, config.motion_channels, hidden, 3, motion_hidden_channels=config.motion_channels
             )
+        # An LSTM on vectors has no convolutional state, and single frames have none at all.
+        self.scales = () if config.design in ("frames", "lstm") else ("lstm",)
         learned = config.initial_state and config.design != "frames"
         self.initial = nn.Conv2d(features, 2 * hidden, 1) if learned else None
         self.streams = not learned
