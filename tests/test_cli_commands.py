@@ -10,6 +10,7 @@ import torch
 from synthetic_clips import SIDE, WORDS, make_sentence_cache, make_word_cache, moving_bar
 
 from fused_convlstm.analysis import TrainedReader, read_stream, read_words, sensitivity
+from fused_convlstm.analysis.sensitivity import _fraction
 from fused_convlstm.cli import main
 from fused_convlstm.data import WholeFrame, write_video
 from fused_convlstm.models import create_model, save_model
@@ -118,6 +119,11 @@ def test_sensitivity(folder, capsys):
     assert "s/4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("scale", "label"), [("s2", "s/2"), ("s16", "s/16"), ("lstm", "lstm")])
+def test_labels_of_scales(scale, label):
+    assert _fraction(scale) == label
+
+
 def test_sensitivity_of_a_model_without_memory(folder, tmp_path):
     reader = TrainedReader.load(folder / "words")
     frames = create_model("resnet_frames_small", num_classes=4).eval()
@@ -194,6 +200,8 @@ def test_generate_prepare_train(tmp_path, capsys):
         (["evaluate", "{nothing}"], "nothing"),
         (["evaluate", "{words}", "--cache", "{sentences}"], "words"),
         (["evaluate", "{words}", "--split", "training"], "training"),
+        (["sensitivity", "{words}", "--clips", "0"], "clips: expected at least 1, got 0"),
+        (["visualize", "{words}", "--clips", "-1"], "clips: expected at least 1, got -1"),
         (["predict", "{words}", "{nothing}"], "no file"),
         (["predict", "{words}", "{words.yaml}"], "cannot be decoded"),
         (["prepare", "lrw", "{nothing}", "cache"], "nothing"),

@@ -1,5 +1,7 @@
 """Decoding and encoding video files."""
 
+import struct
+
 import av
 import numpy as np
 import pytest
@@ -135,6 +137,73 @@ def test_truncated_file(tmp_path, kept, header_first):
     (tmp_path / "cut.mp4").write_bytes(data[: int(kept * len(data))])
     with pytest.raises(VideoError, match=r"damaged|cannot be decoded"):
         read_video(tmp_path / "cut.mp4")
+
+
+def atom(data, name):
+    """Where the content of an mp4's atom begins, after version and flags."""
+    return data.index(name) + 8
+
+
+def with_edit_list(path, first, count, fps=25):
+    """Makes players show only ``count`` frames from ``first`` on, as phones do that cut a video without copying it."""
+    data = bytearray(path.read_bytes())
+    movie, media = (struct.unpack_from(">I", data, atom(data, name) + 8)[0] for name in (b"mvhd", b"mdhd"))
+    entry = atom(data, b"elst") + 4
+    start = struct.unpack_from(">i", data, entry + 4)[0]
+    struct.pack_into(">Ii", data, entry, count * movie // fps, start + first * media // fps)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("preset", ["ultrafast", "medium"])  # without and with B-frames
+@pytest.mark.parametrize("key_every", [5, 250])
+@pytest.mark.parametrize(("first", "count"), [(0, 12), (7, 17), (7, 10)])
+def test_trimmed_file(tmp_path, preset, key_every, first, count):
+    """Frames that an edit list hides are no frames that are lacking; a cut file still is found damaged."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        options = {"preset": preset, "g": str(key_every), "crf": "10"}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in numbered_frames(24):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "gray")))
+        container.mux(stream.encode())
+    with_edit_list(path, first, count)
+    frames, _ = read_video(path)
+    assert numbers(frames) == list(range(first, first + count))
+    with av.open(str(path)) as container:
+        last = max(packet.pos for packet in container.demux(video=0) if packet.size and not packet.is_discard)
+    path.write_bytes(path.read_bytes()[:last])  # cut between two frames: the decoder has nothing to complain about
+    with pytest.raises(VideoError, match=r"damaged|cannot be decoded"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("rgb", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), lambda picture: picture),
+        ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),  # a phone held upright: turned clockwise
+        ((0, -1, 1, 0), lambda picture: np.rot90(picture, 1)),
+        ((-1, 0, 0, -1), lambda picture: np.rot90(picture, 2)),
+        ((-1, 0, 0, 1), lambda picture: picture[:, ::-1]),
+        ((0, 1, 1, 0), lambda picture: picture.swapaxes(0, 1)),
+    ],
+)
+def test_pictures_are_turned_as_the_file_says(tmp_path, rgb, matrix, shown):
+    """The display matrix of a track: a pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    picture[:24, :32] = 250  # the corners tell all eight ways apart
+    picture[:24, 32:] = 100
+    path = tmp_path / "a.mp4"
+    write_video(path, [picture] * 3)
+    upright, _ = read_video(path, rgb=rgb)
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (65536 * entry for entry in matrix)
+    struct.pack_into(">9i", data, atom(data, b"tkhd") + 36, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    turned, _ = read_video(path, rgb=rgb)
+    assert turned.flags.c_contiguous
+    assert np.array_equal(turned, [shown(frame) for frame in upright])
 
 
 def test_write_needs_frames(tmp_path):

@@ -27,7 +27,12 @@ from fused_convlstm.analysis.maps import (
     save_grid,
     save_video,
 )
-from fused_convlstm.models import create_model
+from fused_convlstm.analysis.reader import TrainedReader
+from fused_convlstm.analysis.visualize import record_clip
+from fused_convlstm.data import Clip
+from fused_convlstm.models import ResNetBiConvLSTM, create_model
+from fused_convlstm.training.recipe import TransformRecipe
+from fused_convlstm.training.tasks import WordTask
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,31 @@ def test_recording_of_a_stack() -> None:
         model(torch.randn(2, 5, 2, 6, 6))
     assert record.hidden["0"].shape == (5, 2, 3, 6, 6)
     assert record.attention["0"].shape == (5, 2, 1, 6, 6)
+
+
+def test_maps_of_a_reversed_network_are_in_the_order_of_the_clip() -> None:
+    options = {"num_classes": 3, "mid_channels": [4, 4], "out_channels": [4, 4], "blocks": [1, 1], "head_channels": 4}
+    model = create_model("resnet_biconvlstm", recurrent=[True, True], **options).eval()
+    assert isinstance(model, ResNetBiConvLSTM)
+    model.reversed_network.load_state_dict(model.forward_network.state_dict())
+    reader = TrainedReader(
+        model,
+        "resnet_biconvlstm",
+        WordTask(["a", "b", "c"]),
+        "last",
+        None,
+        TransformRecipe(validation_crop=24, size=24),
+    )
+    frames = torch.randint(0, 255, (7, 1, 24, 24), dtype=torch.uint8)
+    there, _ = record_clip(reader, Clip(frames, 0, "a", "1"))
+    back, _ = record_clip(reader, Clip(frames.flip(0), 0, "a", "1"))
+    forward = [name for name in there.hidden if name.startswith("forward_network.")]
+    assert forward
+    for name in forward:
+        other = name.replace("forward_network.", "reversed_network.")
+        # Both networks are the same: one sees in a clip what the other sees in the clip played backwards.
+        torch.testing.assert_close(there.hidden[other], back.hidden[name].flip(0))
+        assert not torch.allclose(there.hidden[other], there.hidden[name])
 
 
 def test_fusion_maps_take_the_strongest_channel() -> None:

@@ -37,8 +37,10 @@ def sensitivity(
         clips: so many random clips are taken; None: all.
 
     Raises:
-        ValueError: the model has no ConvLSTMs, or gets nothing right in the first place.
+        ValueError: the model has no ConvLSTMs, or gets nothing right in the first place; ``clips`` is less than 1.
     """
+    if clips is not None and clips < 1:
+        raise ValueError(f"clips: expected at least 1, got {clips}")
     model, task = reader.model, reader.task
     if not model.scales:
         raise ValueError(f"model: {reader.name} has no ConvLSTMs whose states could be reset")
@@ -73,5 +75,5 @@ def sensitivity(
 
 
 def _fraction(scale: str) -> str:
-    """ "s4" as "s/4"."""
-    return f"{scale[0]}/{scale[1:]}"
+    """ "s4" as "s/4"; other names stay."""
+    return f"s/{scale[1:]}" if scale[0] == "s" and scale[1:].isdigit() else scale

@@ -36,6 +36,8 @@ TRUTH, FOUND = (0, 255, 0), (255, 0, 0)  # colours of boxes
 def record_clip(reader: TrainedReader, clip: Clip, flow: bool = False) -> tuple[Recording, int]:
     """What the layers of ``reader`` compute for the middle crop of a clip, and the class that it gives.
 
+    Maps of a network that reads the clip from its end are in the order of the clip's frames, too.
+
     ``flow``: the last two channels are optical flow.
     """
     batch = collate([clip])
@@ -44,6 +46,10 @@ def record_clip(reader: TrainedReader, clip: Clip, flow: bool = False) -> tuple[
     (view,) = middle_view(reader.transform, flow)(batch)
     with recording(reader.model) as record:
         outputs, _ = reader.model(view.to(reader.device), lengths=batch.lengths)
+    for maps in (record.hidden, record.attention):
+        for name in maps:
+            if name.startswith("reversed_network."):
+                maps[name] = maps[name].flip(0)
     probabilities = outputs[:, 0].float().softmax(dim=-1)
     chosen = probabilities[-1] if reader.readout == "last" else probabilities.mean(dim=0)
     return record, int(chosen.argmax())
@@ -53,7 +59,12 @@ def visualize(reader: TrainedReader, cache: str | Path, split: str, out: Path, *
     """Fusion maps (Zhang et al., fig. 3) and attention maps of the first clip of each class, up to ``clips`` clips.
 
     For every clip a picture ``NAME.png``, a row a layer, and a video ``NAME.mp4``; returns the pictures.
+
+    Raises:
+        ValueError: the model has no recurrent layer with maps, or ``clips`` is less than 1.
     """
+    if clips < 1:
+        raise ValueError(f"clips: expected at least 1, got {clips}")
     dataset = reader.dataset(cache, split)
     shown = _pictures(reader, cache, split)
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -22,7 +23,8 @@ def read_video(path: str | Path, fps: float | None = 25.0, *, rgb: bool = False)
     """Decode a file to frames uint8 (T, H, W, C), C = 1 grey or 3 RGB, and its own frame rate.
 
     Where the file has another rate than ``fps``, the frame shown at each time k / fps is taken; None keeps its own
-    frames.
+    frames. The frames are those that a player shows, as it shows them: without what an edit list hides, and turned or
+    mirrored as the file says.
 
     Raises:
         VideoError: no video file, damaged, shorter than its header says, or empty.
@@ -30,24 +32,33 @@ def read_video(path: str | Path, fps: float | None = 25.0, *, rgb: bool = False)
     frames: list[Frames] = []
     times: list[float | None] = []
     rate = 0.0
+    visible, lasting = 0, 0  # packets of frames to show, and their time
+    matrix: Any = None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError("no video stream")
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            declared = stream.frames
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise VideoError(f"damaged at frame {len(frames)}")
-                frames.append(frame.to_ndarray(format="rgb24") if rgb else _luma(frame))
-                times.append(frame.time)
+            declared, duration = stream.frames, stream.duration
+            for packet in container.demux(stream):
+                if packet.pts is not None and not packet.is_discard:
+                    visible, lasting = visible + 1, lasting + (packet.duration or 0)
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        raise VideoError(f"damaged at frame {len(frames)}")
+                    if not frames:
+                        matrix = frame.side_data.get("DISPLAYMATRIX")
+                    frames.append(frame.to_ndarray(format="rgb24") if rgb else _luma(frame))
+                    times.append(frame.time)
+            lacking = ((duration or 0) - lasting) * float(stream.time_base or 0) * rate  # frames
     except (av.FFmpegError, OSError) as error:
         where = f"after {len(frames)} frames" if frames else "at its start"
         raise VideoError(f"cannot be decoded {where}: {error.strerror or error}") from error
     if not frames:
         raise VideoError("no frames")
-    if len(frames) < declared:
+    # A header counts the frames that an edit list hides, but not in the duration, which may end within a frame.
+    if len(frames) < declared and (duration is None or len(frames) < visible or lacking > 0.95):
         raise VideoError(f"damaged: {len(frames)} of {declared} frames can be decoded")
     if rate <= 0:
         raise VideoError("no frame rate")
@@ -58,7 +69,24 @@ def read_video(path: str | Path, fps: float | None = 25.0, *, rgb: bool = False)
         shown = [index / rate if time is None else time - (times[0] or 0.0) for index, time in enumerate(times)]
         wanted = np.arange(max(1, round(len(frames) / rate * fps))) / fps
         stacked = stacked[np.clip(np.searchsorted(shown, wanted + 1e-6, side="right") - 1, 0, len(frames) - 1)]
-    return stacked, rate
+    return _upright(stacked, matrix), rate
+
+
+def _upright(frames: Frames, matrix: Any) -> Frames:
+    """Frames (T, H, W, C) turned and mirrored by a display matrix: nine int32 [a b u; c d v; x y w], or None.
+
+    It takes a pixel (x, y) to (a x + c y, b x + d y).
+    """
+    if matrix is None:
+        return frames
+    a, b, _, c, d = (int(entry) for entry in np.frombuffer(matrix, dtype=np.int32)[:5])
+    if abs(b) > abs(a):  # a quarter turn
+        frames, a, d = frames.swapaxes(1, 2), c, b
+    if d < 0:
+        frames = frames[:, ::-1]
+    if a < 0:
+        frames = frames[:, :, ::-1]
+    return np.ascontiguousarray(frames)
 
 
 def read_pictures(folder: str | Path, *, rgb: bool = False) -> Frames:
