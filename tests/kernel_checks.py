@@ -53,17 +53,17 @@ def check_repeatable(case: Case, backend: str, dtype: torch.dtype, device: str =
     assert_same_bits(run(case, tensors, backend), run(case, tensors, backend))
 
 
-def check_kept_cells(case: Case, backend: str, dtype: torch.dtype) -> None:
+def check_kept_cells(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """What a training call keeps of c after each step is the state there, rounded to the type of the input but for
     peepholes; the state itself is not rounded. Not for reversed sequences."""
-    tensors = make_tensors(case).to(dtype)
+    tensors = make_tensors(case).to(dtype, device)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         c_n = run(case, tensors, backend)["c_n"]
     cells = kept[-1]  # (T, B, Ho, Wo, C), the operator's last result; a backend may keep them in an order of its own
     assert cells.dtype == (c_n.dtype if case.peephole != "none" else dtype)
     for step in range(case.steps):  # sequences that end there
-        ends = replace(tensors, lengths=torch.full((case.batch,), step + 1))
+        ends = replace(tensors, lengths=torch.full((case.batch,), step + 1, device=device))
         c = run(case, ends, backend)["c_n"]
         assert torch.equal(c, c.to(dtype).to(c.dtype)) == (c.dtype == dtype)
         assert torch.equal(cells[step].flatten().sort()[0], c.to(cells.dtype).flatten().sort()[0])

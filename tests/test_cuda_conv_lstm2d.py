@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ from cuda_host import FORMATS, SCHEDULES, check_format, host_backend, load, numb
 from kernel_checks import check_against_reference, check_kept_cells, check_repeatable
 
 from fused_convlstm import functional as FC
-from fused_convlstm.backends import BackendError
+from fused_convlstm.backends import BackendError, registry
+from fused_convlstm.backends.call import Call, ConvLSTMOptions
 from fused_convlstm.backends.cuda import CudaBackend, conv_lstm2d
+from fused_convlstm.backends.cuda import backend as cuda_backend
 from fused_convlstm.backends.cuda.parameters import gather
 from fused_convlstm.backends.tf32 import round_to_tf32
 
@@ -262,12 +265,59 @@ def test_a_device_that_cannot_run_the_extension_is_refused(monkeypatch: pytest.M
     def no_code(*_: object) -> int:
         raise RuntimeError("no kernel image is available")
 
+    module = type("Module", (), {"shared_bytes_per_block": no_code, "architectures": "host"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(CudaBackend, "_module", load())
-    monkeypatch.setattr(CudaBackend, "_shared_bytes", no_code)
+    monkeypatch.setattr(CudaBackend, "_module", module)
     assert CudaBackend()._refuse_device(torch.device("cuda", 0)) == (
         "the extension, built for host, cannot run on the device (no kernel image is available)"
     )
+
+
+@pytest.mark.parametrize("requested", [None, "cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("cell", ["conv_lstm2d", "pooled_gate_conv_lstm2d"])
+def test_torch_compile_traces_the_choice_on_a_gpu(
+    cell: str, dtype: torch.dtype, requested: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: with the extension loaded, and torch.cuda answering without a device."""
+    triton_backend = pytest.importorskip("fused_convlstm.backends.triton.backend")
+    properties = type("Properties", (), {"major": 9, "minor": 0})
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda _: properties, raising=False)
+    monkeypatch.setattr(cuda_backend, "_load", load)
+    # With is_available patched, torch.compile itself would look for the device.
+    monkeypatch.setattr(
+        CudaBackend, "unavailable", lambda self: self._module if isinstance(self._module, str) else None
+    )
+    monkeypatch.setattr(triton_backend.TritonBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(
+        triton_backend.TritonBackend, "_too_old", lambda _, device: triton_backend.capability(device) < 80
+    )
+    call = Call(
+        cell=cell,
+        device=torch.device("cuda", 0),
+        dtype=dtype,
+        steps=2,
+        batch=2,
+        in_channels=8,
+        hidden_channels=64,
+        input_size=(8, 8),
+        state_size=(8, 8),
+        kernel_size=(3, 3),
+        recurrent_kernel_size=(3, 3),
+        options=ConvLSTMOptions(),
+    )
+    numbers = {"triton": 1, "cuda": 2}
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + numbers[registry.choose(call, requested)]
+
+    torch._dynamo.reset()  # it takes each parameter of this test for one more recompilation of the same function
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch.compile warns where it traces through a cache
+        number = torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert number == numbers[registry.choose(call, requested)]
 
 
 def test_the_driver_is_asked_once_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, case_id, make_tensors, ordinary, run
-from kernel_checks import check_against_reference, check_repeatable
+from kernel_checks import check_against_reference, check_kept_cells, check_repeatable
 from torch import Tensor
 
 from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d
@@ -114,6 +114,14 @@ def test_tf32_where_torch_allows_it(cell: str, backend: str) -> None:
 def test_repeatable(dtype: torch.dtype, cell: str, backend: str) -> None:
     for case in LARGE[:3]:
         check_repeatable(replace(case, cell=cell), backend, dtype, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kept_cells(dtype: torch.dtype, cell: str, backend: str) -> None:
+    for case in (replace(LARGE[0], reset=True), replace(LARGE[2], reset=True)):
+        check_kept_cells(replace(case, cell=cell), backend, dtype, "cuda")
 
 
 @pytest.mark.parametrize("cell", CELLS)

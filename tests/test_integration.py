@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +88,15 @@ def test_compile_fullgraph(layer: Any, backend: str) -> None:
     torch.testing.assert_close(h_compiled, h_n)
     for parameter, grad in zip(lstm.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_compile_as_the_first_use_in_a_process(tmp_path: Path) -> None:
+    script = (
+        "import torch; from fused_convlstm import ConvLSTM2d\n"
+        "compiled = torch.compile(ConvLSTM2d(1, 2, 3), fullgraph=True, backend='eager')\n"
+        "print(compiled(torch.ones(2, 1, 1, 3, 3))[0].shape)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
 
 
 def test_compile_with_inductor_and_dynamic_sizes() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tracing import constant
 
+
+@constant
 def tf32_allowed() -> bool:
     """Whether PyTorch may use tf32 for its own convolutions."""
     convolution = getattr(torch.backends.cudnn, "conv", None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..base import Backend
 from ..call import Call
 from ..sources import check_sources
 from ..tf32 import tf32_allowed
+from ..tracing import constant
 from . import conv_lstm2d, measured, pooled_gate
 from .parameters import BFLOAT16, FLOAT32, HALF, TF32, Kernels, chunk_elements, padded
 
@@ -29,19 +31,10 @@ class CudaBackend(Backend):
     name = "cuda"
     device_type = "cuda"
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, str | None]:
-        """The extension, or why there is none."""
-        try:
-            module = importlib.import_module("fused_convlstm._cuda")
-            check_sources(module, "cuda")
-            return module, None
-        except ImportError as error:
-            return None, f"the extension fused_convlstm._cuda is not built or cannot be loaded ({error})"
-
     def unavailable(self) -> str | None:
-        if self._loaded[1] is not None:
-            return self._loaded[1]
+        module = self._module
+        if isinstance(module, str):
+            return module
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
         return None
@@ -73,43 +66,41 @@ class CudaBackend(Backend):
     def _refuse_shared_memory(self, call: Call) -> str | None:
         if call.cell != "pooled_gate_conv_lstm2d":
             return None
-        needed = self._module.pooled_gate_shared_bytes(self._number(call.dtype), call.hidden_channels)
+        needed = _pooled_gate_shared_bytes(self._module, self._number(call.dtype), call.hidden_channels)
         there = self._shared_bytes(call.device)
-        if needed > there:
+        if isinstance(there, int) and needed > there:
             return f"{call.hidden_channels} channels need {needed} bytes of shared memory; the device has {there}"
         return None
 
-    def _shared_bytes(self, device: torch.device) -> int:
-        """Shared memory that a block may have."""
+    def _shared_bytes(self, device: torch.device) -> int | str:
+        """Shared memory that a block may have, or why the extension cannot run on the device."""
         index = torch.cuda.current_device() if device.index is None else device.index
         return _shared_bytes_per_block(self._module, index)
 
     @property
     def _module(self) -> Any:
-        return self._loaded[0]
+        """The extension, or why there is none."""
+        return _extension()
 
     def _refuse_device(self, device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             return f"compute capability {capability[0]}.{capability[1]}: 8.0 and later are served"
-        try:
-            self._shared_bytes(device)
-        except RuntimeError as error:  # not compiled for it, or by a newer CUDA than the driver's
-            return f"the extension, built for {self._module.architectures}, cannot run on the device ({error})"
+        answer = self._shared_bytes(device)
+        if isinstance(answer, str):  # not compiled for it, or by a newer CUDA than the driver's
+            return f"the extension, built for {self._module.architectures}, cannot run on the device ({answer})"
         return None
 
     def decline(self, call: Call) -> str | None:
         return measured.prefer_other(call, torch.cuda.get_device_capability(call.device))
 
     def info(self) -> dict[str, str]:
-        module = self._loaded[0]
-        return {} if module is None else {"architectures": module.architectures}
+        module = self._module
+        return {} if isinstance(module, str) else {"architectures": module.architectures}
 
     def _kernels(self, input: Tensor) -> Kernels:
         device = torch.cuda.current_device() if input.device.index is None else input.device.index
-        return Kernels(
-            self._loaded[0], self._number(input.dtype), device, torch.cuda.current_stream(device).cuda_stream
-        )
+        return Kernels(self._module, self._number(input.dtype), device, torch.cuda.current_stream(device).cuda_stream)
 
     def _number(self, dtype: torch.dtype) -> int:
         """The number format: tf32 where PyTorch may use it for its own convolutions."""
@@ -147,7 +138,37 @@ class CudaBackend(Backend):
             return pooled_gate.backward(self._kernels(args[3]), *args)
 
 
+@constant
+def _extension() -> ModuleType | str:
+    """``fused_convlstm._cuda``, or why there is none."""
+    return _load()
+
+
+@constant
+def _shared_bytes_per_block(module: Any, device: int) -> int | str:
+    """Shared memory that a block may have, or what the driver has against the extension."""
+    return _ask_driver(module, device)
+
+
+@constant
+def _pooled_gate_shared_bytes(module: Any, number: int, hidden_channels: int) -> int:
+    return int(module.pooled_gate_shared_bytes(number, hidden_channels))
+
+
 @cache
-def _shared_bytes_per_block(module: Any, device: int) -> int:
-    """Asked of the driver once: every call of an operator wants to know, also one that another backend serves."""
-    return int(module.shared_bytes_per_block(device))
+def _load() -> ModuleType | str:
+    try:
+        module = importlib.import_module("fused_convlstm._cuda")
+        check_sources(module, "cuda")
+    except ImportError as error:
+        return f"the extension fused_convlstm._cuda is not built or cannot be loaded ({error})"
+    return module
+
+
+@cache
+def _ask_driver(module: Any, device: int) -> int | str:
+    """Once: every call of an operator wants to know, also one that another backend serves."""
+    try:
+        return int(module.shared_bytes_per_block(device))
+    except RuntimeError as error:
+        return str(error)

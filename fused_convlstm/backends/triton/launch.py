@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..tf32 import round_to_tf32, tf32_allowed
+from ..tracing import constant
 from .tile import Tile
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
@@ -30,6 +31,7 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+@constant
 def capability(device: torch.device) -> int:
     """Compute capability as major * 10 + minor."""
     properties = _properties(_index(device))
