@@ -26,16 +26,17 @@ def from_dictionary(cls: type[T], values: Any, where: str) -> T:
     """``cls``, a dataclass, from a dictionary as YAML or JSON gives it; dataclasses in its fields likewise.
 
     Raises:
-        ValueError: naming the key (``where`` is the path to it), what was expected and what came.
+        ValueError: naming the key (``where`` is the path to it, empty at the top), what was expected and what came.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a mapping of keys to values, got {values!r}")
+    at = f"{where}: " if where else ""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"{where}: {unknown_name(str(key), fields)}")
+            raise ValueError(f"{at}{unknown_name(str(key), fields)}")
         arguments[key] = _convert(value, hints[key], f"{where}.{key}" if where else str(key))
     required = [
         name
@@ -43,7 +44,7 @@ def from_dictionary(cls: type[T], values: Any, where: str) -> T:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in required if name not in arguments]:
-        raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}")
+        raise ValueError(f"{at}missing {', '.join(map(repr, missing))}")
     try:
         return cls(**arguments)
     except ValueError as error:
@@ -90,7 +91,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; once written, it takes the place of ``path`` in one step.
 
     If the block raises, or the process dies, what stood at ``path`` still stands there, and no half file is left where
-    a reader would look.
+    a reader would look. An OSError of the block that names no file, such as of a full disk, names ``path``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -98,5 +99,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes from ``folder`` what processes that were killed had begun to write in :func:`atomic_path`."""
+    for path in folder.glob(".*.[0-9]*.tmp"):
+        path.unlink(missing_ok=True)

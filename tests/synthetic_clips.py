@@ -34,8 +34,8 @@ def make_word_cache(folder, per_word=(8, 4, 4), steps=(8, 8), seed=0):
     return _finish(folder, records)
 
 
-def make_sentence_cache(folder, count=(8, 4, 4), seed=0):
-    """Clips of two or three words of 6 frames each, with their boundaries."""
+def make_sentence_cache(folder, count=(8, 4, 4), seed=0, timed=True):
+    """Clips of two or three words of 6 frames each, with their boundaries if ``timed``."""
     rng = np.random.default_rng(seed)
     records = []
     for split, number in zip(("train", "val", "test"), count, strict=True):
@@ -43,7 +43,7 @@ def make_sentence_cache(folder, count=(8, 4, 4), seed=0):
             words = list(rng.choice(WORDS, rng.integers(2, 4)))
             frames = np.concatenate([moving_bar(word, 6, rng) for word in words])
             times = tuple((str(word), 6 * i, 6 * i + 6) for i, word in enumerate(words))
-            write_clip(clip_path(folder, split, str(k)), frames, times)
+            write_clip(clip_path(folder, split, str(k)), frames, times if timed else ())
             records.append(Record(split, str(k), " ".join(words), None, len(frames)))
     return _finish(folder, records)
 

@@ -4,20 +4,26 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from synthetic_clips import make_sentence_cache, make_word_cache
 
+from fused_convlstm.data.cache import read_index, write_index
 from fused_convlstm.models import load_model
 from fused_convlstm.training import Processes, Trainer
 from fused_convlstm.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_convlstm.training.recipe import load_recipe
+from fused_convlstm.training.report import write_json
 
 MODEL = {
     "name": "resnet_convlstm",
@@ -104,6 +110,12 @@ def test_the_report_folder(word_cache, tmp_path):
     assert best["validation_top1"] == max(row["validation_top1"] for row in trainer.history)
 
 
+def test_models_tell_how_long_their_last_clips_were(word_cache, tmp_path):
+    """The frames of the last epoch that is trained."""
+    train(write_recipe(tmp_path / "r", word_cache, frames=[[0, 5], [1, 6], [2, 8]]), tmp_path / "run")
+    assert load_model(tmp_path / "run" / "model.safetensors")[2]["frames"] == 6
+
+
 @pytest.mark.parametrize("training", [{"tbptt": 0}, {"tbptt": 3}, {"precision": "bf16"}, {"optimizer": "sgd"}])
 def test_variants_of_the_loop_run(training, ragged_cache, tmp_path):
     trainer, _ = train(write_recipe(tmp_path / "r", ragged_cache, epochs=1, **training), tmp_path / "run")
@@ -171,8 +183,8 @@ def test_fine_tuning_from_characters_to_words_takes_all_but_the_head(sentence_ca
     )  # fmt: skip
     train(pretraining, tmp_path / "pretrained")
     path = str(tmp_path / "pretrained" / "model.safetensors")
-    recipe = write_recipe(tmp_path / "r2", word_cache, epochs=0, init_from=path)
-    trainer, _ = train(recipe, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r2", word_cache, init_from=path)
+    trainer = Trainer(load_recipe(str(recipe)), tmp_path / "run", Processes.join("cpu"), progress=False)
     before = load_model(path)[0].state_dict()
     for name, tensor in trainer.model.state_dict().items():
         if not name.startswith("head."):
@@ -248,6 +260,50 @@ def test_a_run_killed_at_a_random_moment_equals_an_unbroken_one(ragged_cache, tm
     assert not list(out.glob(".*.tmp"))
 
 
+def test_a_killed_write_leaves_nothing_for_good(word_cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".checkpoint.pt.123.tmp").write_bytes(b"half")
+    train(write_recipe(tmp_path / "r", word_cache, epochs=1), tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_start_that_failed_does_not_take_the_folder(word_cache, tmp_path, monkeypatch):
+    """Out of memory in the first step, for example: nothing was trained yet, so other values may be tried."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(write_recipe(tmp_path / "r1", word_cache), tmp_path / "run")
+    smaller = write_recipe(tmp_path / "r2", word_cache, epochs=1, batch_size=4)
+    train(smaller, tmp_path / "run")
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).training.batch_size == 4
+
+
+def test_resuming_with_what_does_not_change_the_result(word_cache, tmp_path):
+    """Another number of workers, another time between checkpoints, the cache elsewhere."""
+    cache = shutil.copytree(word_cache, tmp_path / "before")
+    recipe = write_recipe(tmp_path / "r", cache, epochs=1)
+    train(recipe, tmp_path / "run")
+    cache.rename(tmp_path / "after")
+    moved = write_recipe(
+        tmp_path / "r2", tmp_path / "after", epochs=1, data={"workers": 1}, checkpoint_seconds=1.0
+    )  # fmt: skip
+    train(moved, tmp_path / "run", resume=True)
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.cache == str(tmp_path / "after")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_resuming_after_the_cache_has_changed(split, word_cache, tmp_path):
+    cache = shutil.copytree(word_cache, tmp_path / "cache")
+    recipe = write_recipe(tmp_path / "r", cache, epochs=1)
+    train(recipe, tmp_path / "run")
+    records = read_index(cache)
+    write_index(cache, [r for r in records if (r.split, r.name) != (split, "up_0")])
+    with pytest.raises(ValueError, match=f"the clips of '{split}' in .* have changed since the run began"):
+        train(recipe, tmp_path / "run", resume=True)
+    write_index(cache, records)
+    train(recipe, tmp_path / "run", resume=True)
+
+
 def test_a_run_is_not_overwritten_nor_mixed_with_another(word_cache, tmp_path):
     recipe = write_recipe(tmp_path / "r", word_cache, epochs=1)
     train(recipe, tmp_path / "run")
@@ -263,7 +319,10 @@ def test_damaged_checkpoints(word_cache, tmp_path):
     train(recipe, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"text"):
+    middle = whole.index(b"format")  # of the pickled names
+    for content in (
+        whole[: len(whole) // 2], b"", b"text", whole[:middle] + b"\xff" * 6 + whole[middle + 6 :],
+    ):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint\.pt: a damaged checkpoint"):
             train(recipe, tmp_path / "run", resume=True)
@@ -271,6 +330,15 @@ def test_damaged_checkpoints(word_cache, tmp_path):
     torch.save({"format": "other"}, path)
     with pytest.raises(ValueError, match="expected a checkpoint in format"):
         load_checkpoint(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("save", [save_checkpoint, write_json])
+def test_a_full_disk(save, tmp_path):
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"^[^\n]*/file\b[^\n]*$"):
+        save(tmp_path / "file", {"numbers": list(range(10000))})
+    assert not list(tmp_path.iterdir())
 
 
 class Malicious:
@@ -286,6 +354,31 @@ def test_checkpoints_run_no_pickle(tmp_path):
     path.write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(ValueError, match="damaged checkpoint"):
         load_checkpoint(path)
+
+
+# --- devices -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "local", "expected"),
+    [("cuda", None, "cuda:0"), ("cuda", "3", "cuda:3"), (None, "2", "cuda:2"), ("cuda:1", "3", "cuda:1")],
+)
+def test_which_gpu_a_process_takes(asked, local, expected, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert Processes.join(asked).device == torch.device(expected)
+    assert chosen == [torch.device(expected)]
+
+
+@pytest.mark.parametrize("device", ["foo", f"cuda:{torch.cuda.device_count()}"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(ValueError, match=rf"^device: '{device}' cannot be used: [^\n]+$"):
+        Processes.join(device)
 
 
 # --- several processes ---------------------------------------------------------------------------------------------
@@ -351,12 +444,49 @@ def test_two_processes_give_the_gradients_of_one(task, ragged_cache, sentence_ca
         ({"freeze": ["front"]}, "no parameter's name begins with 'front'"),
         ({"init_from": "missing.safetensors"}, "no model file"),
         ({"task": "characters", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"model": {"name": "res3d", "options": {"width": 0.07}}}, r"training\.tbptt: expected 0 with res3d, .* got 4"),
+        ({"model": {**MODEL, "options": {"norm": "layer"}}}, "model resnet_convlstm: norm: expected one of"),
     ],
 )
 def test_recipes_that_do_not_fit(changes, message, word_cache, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(write_recipe(tmp_path / "r", word_cache, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_without_clips(tmp_path):
+    cache = make_word_cache(tmp_path / "cache")
+    write_index(cache, [r for r in read_index(cache) if r.split != "val" or r.label in ("left", "right")])
+    recipe = write_recipe(tmp_path / "r", cache, data={"classes": ["down", "up"]})
+    with pytest.raises(ValueError, match=r"data\.classes: no clips in 'val' of down, up"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sentences_to_be_cut_need_the_times_of_their_words(tmp_path):
+    cache = make_sentence_cache(tmp_path / "cache", timed=False)
+    recipe = write_recipe(tmp_path / "r", cache, task="characters", frames=[[0, 18], [1, 12]])
+    with pytest.raises(
+        ValueError, match=r"^training\.frames: clips of more than 12 frames .* clip '\d' of 'train', 18"
+    ):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for frames in ([], [[0, 18]], [[0, 18], [2, 12]]):  # of two epochs
+        recipe = write_recipe(tmp_path / "r", cache, task="characters", frames=frames)
+        Trainer(load_recipe(str(recipe)), tmp_path / "run", Processes.join("cpu"), progress=False)
+
+
+def test_texts_outside_of_the_alphabet(tmp_path):
+    cache = make_sentence_cache(tmp_path / "cache")
+    records = [replace(r, text=r.text.replace("up", "\u00fcp").upper()) for r in read_index(cache)]
+    wrong = [r.name for r in records if r.split == "train" and "\u00dc" in r.text]
+    assert len(wrong) > 3
+    write_index(cache, records)
+    named = ", ".join(f"{name!r} has ['\u00fc']" for name in wrong[:3])
+    with pytest.raises(
+        ValueError, match=re.escape(f"got others in {len(wrong)} of 8 clips of {str(cache)!r}: {named}, ...")
+    ):
+        train(write_recipe(tmp_path / "r", cache, task="characters"), tmp_path / "run")
 
 
 def test_words_from_sentences(sentence_cache, tmp_path):

@@ -38,12 +38,15 @@ def model_names() -> list[str]:
     return sorted(_models)
 
 
-def model_config(name: str, options: dict[str, Any]) -> ModelConfig:
-    """The configuration called ``name``, with ``options`` changed; an unknown name or option is a ValueError."""
+def model_config(name: str, options: dict[str, Any], where: str = "") -> ModelConfig:
+    """The configuration called ``name``, with ``options`` changed; an unknown name or option is a ValueError.
+
+    ``where``: the path to the options, for errors.
+    """
     if name not in _models:
-        raise ValueError(f"model: {unknown_name(name, _models)}")
+        raise ValueError(f"name: {unknown_name(name, _models)}")
     _, defaults = _models[name]
-    return from_dictionary(type(defaults), {**_options(defaults), **options}, "model")
+    return from_dictionary(type(defaults), {**_options(defaults), **options}, where)
 
 
 def create_model(name: str, **options: Any) -> StreamingModel:

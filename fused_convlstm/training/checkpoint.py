@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,16 @@ FORMAT = "fused_convlstm.checkpoint.1"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """``content`` is tensors, numbers, strings, and lists and dictionaries of them."""
+    """``content`` is tensors, numbers, strings, and lists and dictionaries of them.
+
+    Raises:
+        OSError: the disk is full, for example.
+    """
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **content}, temporary)
+        try:
+            torch.save({"format": FORMAT, **content}, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a failed write
+            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -24,11 +30,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is truncated or otherwise damaged, or no checkpoint.
+        OSError: it cannot be read.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError) as error:
-        raise ValueError(f"{path}: a damaged checkpoint, or none ({type(error).__name__})") from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(f"{path}: a damaged checkpoint, or none ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint in format {FORMAT!r}")
     return content

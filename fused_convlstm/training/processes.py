@@ -22,12 +22,24 @@ class Processes:
 
     @classmethod
     def join(cls, device: str | None = None) -> Processes:
-        """Takes part in the process group that torchrun's environment variables describe, if there are any."""
+        """Takes part in the process group that torchrun's environment variables describe, if there are any.
+
+        Args:
+            device: "cuda" is the GPU of this process's number on its machine; None: that, if there is one, else "cpu".
+
+        Raises:
+            ValueError: there is no such device.
+        """
         rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if device is None:
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        here = torch.device(device)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            here = torch.device(device)
+            if here.type == "cuda" and here.index is None:
+                here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.empty(0, device=here)
+        except (RuntimeError, AssertionError) as error:  # PyTorch's without CUDA, with less GPUs, of an unknown name
+            raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         if here.type == "cuda":
             torch.cuda.set_device(here)
         if count > 1 and not dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -46,8 +47,7 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction: expected more than 0 and at most 1, got {self.fraction}")
-        if self.workers < 0:
-            raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        _check_least(self, {"workers": 0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,13 @@ class TransformRecipe:
     segments: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 < self.crop[0] <= self.crop[1]:
+            raise ValueError(f"crop: expected 0 < smallest <= largest, got {list(self.crop)}")
+        _check_least(self, {"size": 1, "rotation": 0.0, "brightness": 0.0, "shift": 0, "validation_crop": 1})
+        if not 0.0 <= self.flip <= 1.0:
+            raise ValueError(f"flip: expected a probability from 0 to 1, got {self.flip}")
+        if not self.test_crops or min(self.test_crops) < 1:
+            raise ValueError(f"test_crops: expected one side or more, each of at least 1, got {list(self.test_crops)}")
         if self.segments < 0 or (self.segments and self.uniform):
             raise ValueError(f"segments: expected at least 0, and 0 with uniform, got {self.segments}")
 
@@ -90,14 +97,17 @@ class TransformRecipe:
 class ModelRecipe:
     """Which network: a name of ``fused_convlstm.models`` and the options that differ from its own.
 
-    The number of classes comes from the data.
+    The numbers of classes and of input channels come from the data.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model_config(self.name, self.options)
+        for name in ("num_classes", "in_channels"):
+            if name in self.options:
+                raise ValueError(f"options.{name}: it comes from the data, leave it out; got {self.options[name]!r}")
+        model_config(self.name, self.options, "options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,7 @@ class TrainingRecipe:
         optimizer: "adam", "sgd" or "rmsprop".
         learning_rate: at the start.
         weight_decay, momentum: of the optimizer (momentum: not adam).
-        schedule: "plateau": times ``factor`` after ``patience`` epochs without a better validation score;
+        schedule: "plateau": times ``factor`` after more than ``patience`` epochs without a better validation score;
             "polynomial": from ``learning_rate`` to ``final_learning_rate`` with exponent ``power``; "constant".
         warmup: steps over which the learning rate rises from zero.
         clip_norm: largest norm of the gradient.
@@ -152,13 +162,21 @@ class TrainingRecipe:
         check_choice(self.schedule, "schedule", SCHEDULES)
         check_choice(self.precision, "precision", PRECISIONS)
         check_choice(self.readout, "readout", READOUTS)
-        for name, least in (("epochs", 0), ("batch_size", 1), ("tbptt", 0), ("warmup", 0), ("patience", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing: expected from 0 to less than 1, got {self.label_smoothing}")
-        if self.learning_rate <= 0.0 or self.clip_norm <= 0.0:
-            raise ValueError("learning_rate, clip_norm: expected more than 0")
+        _check_least(
+            self,
+            {
+                "epochs": 1, "batch_size": 1, "tbptt": 0, "warmup": 0, "patience": 0, "weight_decay": 0.0,
+                "final_learning_rate": 0.0, "checkpoint_seconds": 0.0,
+            },
+        )  # fmt: skip
+        for name in ("label_smoothing", "momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: expected from 0 to less than 1, got {getattr(self, name)}")
+        if not self.clip_norm > 0.0:
+            raise ValueError(f"clip_norm: expected more than 0, got {self.clip_norm}")
+        for name in ("learning_rate", "factor", "power"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of more than 0, got {getattr(self, name)}")
         if any(frames < 1 for _, frames in self.frames) or list(self.frames) != sorted(self.frames):
             raise ValueError(f"frames: expected (epoch, frames) in order of epochs, got {list(self.frames)}")
 
@@ -185,6 +203,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         find_task(self.task)
+        _check_least(self, {"seed": 0})
         if self.transform.uniform and (self.task != "words" or not self.training.frames):
             raise ValueError("transform.uniform: expected the task 'words' and a number in training.frames with it")
         if self.transform.segments and (self.task != "words" or not self.training.frames):
@@ -210,7 +229,10 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     if source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
             raise ValueError(f"recipe: no file {source!r}")
-        text = Path(source).read_text()
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {source!r}: not text in UTF-8: {error}") from None
     elif source in recipe_names():
         text = (resources.files("fused_convlstm") / "configs" / f"{source}.yaml").read_text()
     else:
@@ -218,7 +240,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {source!r}: not YAML: {error}") from None
+        raise ValueError(f"recipe {source!r}: not YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {source!r}: expected a mapping of keys to values, got {values!r}")
     for override in overrides or []:
@@ -228,7 +250,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
 
 def save_recipe(path: Path, recipe: Recipe) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(recipe.to_dictionary(), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(recipe.to_dictionary(), sort_keys=False), encoding="utf-8")
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -241,7 +263,21 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set: {section!r} in {override!r} is no section")
         values = inner
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set: {override!r} is not YAML: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_least(recipe: Any, least: dict[str, float]) -> None:
+    for name, number in least.items():
+        value = getattr(recipe, name)
+        if not value >= number:  # NaN, too
+            raise ValueError(f"{name}: expected at least {number}, got {value}")
 
 
 def _plain(value: Any) -> Any:

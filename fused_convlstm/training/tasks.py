@@ -15,12 +15,19 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from ..configuration import unknown_name
 from ..data import Batch, Clip, ClipDataset, cut_words
+from ..data.cache import Record, read_index
 
 if TYPE_CHECKING:
     from .clips import ClipResults
 
 BLANK = 0
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz0123456789"  # class k + 1 is character k; class 0 is the blank
+
+
+def clip_records(dataset: ClipDataset) -> list[Record]:
+    """What the cache's index says of the clips of ``dataset``, in their order; none of them is read."""
+    kept = {None, *dataset.classes}
+    return [r for r in read_index(dataset.cache_dir) if r.split == dataset.split and r.label in kept]
 
 
 class Task(ABC):
@@ -38,6 +45,10 @@ class Task(ABC):
     def cut(self, clip: Clip, frames: int | None, generator: torch.Generator) -> Clip:
         """``clip`` as it is trained on, where the transform's random subsequence of ``frames`` would not do."""
         return clip
+
+    def check_cuts(self, dataset: ClipDataset, clips: Sequence[int], frames: int) -> None:
+        """Raises a ValueError if :meth:`cut` cannot cut the longest of these clips to ``frames``."""
+        return None
 
     @abstractmethod
     def subsequence(self, frames: int | None) -> int | None:
@@ -115,10 +126,26 @@ class CharacterTask(Task):
     def of(cls, dataset: ClipDataset, label_smoothing: float) -> CharacterTask:
         if label_smoothing:
             raise ValueError(f"training.label_smoothing: expected 0 with characters, got {label_smoothing}")
+        foreign = {record.name: sorted(set(record.text.lower()) - set(ALPHABET)) for record in clip_records(dataset)}
+        if wrong := [f"{name!r} has {characters}" for name, characters in foreign.items() if characters]:
+            raise ValueError(
+                f"data.train: expected texts of the characters {ALPHABET!r}, got others in {len(wrong)} of "
+                f"{len(foreign)} clips of {str(dataset.cache_dir)!r}: {', '.join(wrong[:3])}"
+                f"{', ...' if len(wrong) > 3 else ''}"
+            )
         return cls()
 
     def cut(self, clip: Clip, frames: int | None, generator: torch.Generator) -> Clip:
         return clip if frames is None or len(clip.frames) <= frames else cut_words(clip, frames, generator)
+
+    def check_cuts(self, dataset: ClipDataset, clips: Sequence[int], frames: int) -> None:
+        longest = max(clips, key=lambda clip: dataset.lengths[clip])
+        if (length := dataset.lengths[longest]) > frames and not (clip := dataset[longest]).words:
+            raise ValueError(
+                f"training.frames: clips of more than {frames} frames are cut between words, but clip {clip.name!r} of "
+                f"{dataset.split!r}, {length} frames, has no times of its words (of LRS2 and LRS3 those of "
+                "data.train=pretrain have them; training.frames=[] takes whole clips)"
+            )
 
     def subsequence(self, frames: int | None) -> None:
         return None
@@ -226,6 +253,7 @@ def word_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def sentence_scores(read: list[str], spoken: list[str]) -> dict[str, float]:
-    """Word and character error rate, and the accuracy 1 - cer."""
+    """Word and character error rate, and the accuracy 1 - cer. Small and capital letters are the same."""
+    spoken = [text.lower() for text in spoken]
     cer = float(jiwer.cer(spoken, read))
     return {"wer": float(jiwer.wer(spoken, read)), "cer": cer, "accuracy": 1.0 - cer}

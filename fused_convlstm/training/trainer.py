@@ -6,6 +6,8 @@ checkpoint needs no state of a random number generator, and a run that was kille
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..configuration import remove_leftovers
 from ..data import Batch, Clip, ClipDataset, TrainTransform, collate
 from ..models import (
     ModelState,
@@ -37,7 +40,7 @@ from .clips import middle_view, run_clips, sampling
 from .processes import Processes
 from .recipe import Recipe, TrainingRecipe, load_recipe, save_recipe
 from .report import plot_curves, write_csv, write_json
-from .tasks import Task, WordTask, find_task
+from .tasks import Task, WordTask, clip_records, find_task
 
 CHECKPOINT, MODEL, RECIPE = "checkpoint.pt", "model.safetensors", "recipe.yaml"
 
@@ -63,7 +66,8 @@ class Trainer:
         progress: print progress bars and results.
 
     Raises:
-        ValueError: the recipe does not fit the data, or ``out`` holds another run (any, unless ``resume``).
+        ValueError: the recipe does not fit the data, or ``out`` holds another run (any, unless ``resume``), or one that
+            began with other clips. What tells a run is its first checkpoint.
     """
 
     def __init__(
@@ -80,8 +84,13 @@ class Trainer:
         data = recipe.data
         self.dataset = ClipDataset(data.cache, data.train, data.classes, data.content)
         self.validation = ClipDataset(data.cache, data.validation, data.classes, data.content)
+        for dataset in (self.dataset, self.validation):
+            if not len(dataset):
+                raise ValueError(f"data.classes: no clips in {dataset.split!r} of {', '.join(dataset.classes)}")
         self.task: Task = find_task(recipe.task).of(self.dataset, self.training.label_smoothing)
         self.clips = self._chosen_clips()
+        if frames := [frames for start, frames in self.training.frames if start < self.training.epochs]:
+            self.task.check_cuts(self.dataset, self.clips, min(frames))
         if self.training.batch_size % processes.count:
             raise ValueError(
                 f"training.batch_size: expected a multiple of the {processes.count} processes, "
@@ -92,13 +101,21 @@ class Trainer:
         torch.manual_seed(seed_of(recipe.seed, WEIGHTS))
         options = {**recipe.model.options, "num_classes": len(self.task.classes)}
         channels = self.dataset[0].frames.size(1)
-        self.model = create_model(recipe.model.name, **{**options, "in_channels": channels})
+        try:
+            self.model = create_model(recipe.model.name, **{**options, "in_channels": channels})
+        except ValueError as error:
+            raise ValueError(f"model {recipe.model.name}: {error}") from None
         if self.training.init_from is not None:
             self._report(initialize_from(self.model, self.training.init_from))
         self.model.to(processes.device)
         # Of a bidirectional model, the reversed network is trained, alone.
         self.reversed = isinstance(self.model, ResNetBiConvLSTM)
         self.trained: StreamingModel = self.model.reversed_network if self.reversed else self.model  # type: ignore[assignment]
+        if self.training.tbptt and not self.trained.streams:
+            raise ValueError(
+                f"training.tbptt: expected 0 with {recipe.model.name}, which takes a clip whole, "
+                f"got {self.training.tbptt}; set training.tbptt=0"
+            )
         freeze(self.trained, self.training.freeze)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, self.training)
@@ -112,10 +129,12 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self.history: list[dict[str, Any]] = []  # one row for each epoch that is through, validation included
         self.sums = {"loss": 0.0, "weight": 0.0, "right": 0.0, "clips": 0.0, "seconds": 0.0, "frames": 0.0}
+        self.clips_seen = {dataset.split: _digest(dataset) for dataset in (self.dataset, self.validation)}
         if resume and (out / CHECKPOINT).is_file():
             self._load()
-        elif processes.is_first:
+        if processes.is_first:
             out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
             save_recipe(out / RECIPE, recipe)
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -129,8 +148,6 @@ class Trainer:
         if writer is not None:
             writer.close()
         score = f"validation_{self.task.score}"
-        if not self.history:
-            return {}
         return max(self.history, key=lambda row: row[score])
 
     def _train_epoch(self, writer: SummaryWriter | None) -> None:
@@ -332,13 +349,17 @@ class Trainer:
 
     def _other_run(self, resume: bool) -> str | None:
         """What is wrong if ``out`` holds another run than the one to go on with."""
-        path = self.out / RECIPE
-        if not path.exists():
+        if not any((self.out / name).exists() for name in (CHECKPOINT, MODEL)):
             return None
         if not resume:
             return f"{self.out}: there is a run in this folder; resume it, or choose another folder"
-        if (before := load_recipe(str(path))) != self.recipe:
-            return f"{path}: the run in this folder has another recipe: {_difference(before, self.recipe)}"
+        path = self.out / RECIPE
+        try:
+            before, now = _what_matters(load_recipe(str(path))), _what_matters(self.recipe)
+        except ValueError as error:
+            return f"{path}: {error}"
+        if before != now:
+            return f"{path}: the run in this folder has another recipe: {_difference(before, now)}"
         return None
 
     def _save(self) -> None:
@@ -352,11 +373,19 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "clips": self.clips_seen,
         }
         save_checkpoint(self.out / CHECKPOINT, content)
 
     def _load(self) -> None:
         content = load_checkpoint(self.out / CHECKPOINT)
+        for split, digest in self.clips_seen.items():
+            # Checkpoints of earlier versions do not tell their clips: they are believed.
+            if content.get("clips", {}).get(split, digest) != digest:
+                raise ValueError(
+                    f"{self.out / CHECKPOINT}: the clips of {split!r} in {self.recipe.data.cache!r} have changed since "
+                    "the run began; resume it with the cache as it was, or train in another folder"
+                )
         self.step, self.history = content["step"], content["history"]
         if len(content["sums"]) != self.processes.count:
             raise ValueError(
@@ -377,7 +406,7 @@ class Trainer:
             task=self.task.name,
             classes=self.task.classes,
             readout=self.training.readout,
-            frames=self.training.frames_at(self.training.epochs),
+            frames=self.training.frames_at(self.training.epochs - 1),
             content=self.recipe.data.content,
             source=self.dataset.source,
             transform=self.recipe.to_dictionary()["transform"],
@@ -466,6 +495,18 @@ def initialize_from(model: StreamingModel, path: str) -> str:
 
 def _transpose(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _digest(dataset: ClipDataset) -> str:
+    """Of the clips' names, texts and lengths, their order, the classes, and how they were prepared."""
+    clips = [(record.name, record.text, record.num_frames) for record in clip_records(dataset)]
+    return hashlib.sha256(json.dumps([dataset.classes, dataset.source, clips]).encode()).hexdigest()
+
+
+def _what_matters(recipe: Recipe) -> Recipe:
+    """``recipe`` without what does not change the result. What is in the cache is the checkpoint's matter."""
+    data = replace(recipe.data, cache="", workers=0)
+    return replace(recipe, data=data, training=replace(recipe.training, checkpoint_seconds=0.0))
 
 
 def _difference(before: Recipe, now: Recipe) -> str:
