@@ -276,6 +276,9 @@ def test_resets_of_the_component() -> None:
         ("resnet18_3d_bilstm", {"depth": 50}, "depth: expected one of 18, 34"),
         ("c3d", {"width": 0.0}, "width: expected more than 0"),
         ("vggm_lstm", {"channels": [1, 2]}, "channels: expected 5 values"),
+        ("vggm_multitower", {"dropout": 1.0}, "dropout: expected a probability"),
+        ("vggm_multitower", {"frames": 0}, r"frames: expected numbers of at least 1, got \[0\]"),
+        ("resnet18_3d_bilstm", {"features": 0}, "^features: expected numbers of at least 1"),
     ],
 )
 def test_errors(name: str, options: dict[str, Any], message: str) -> None:

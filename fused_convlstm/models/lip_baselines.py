@@ -22,6 +22,7 @@ from .clips import (
     to_volume,
 )
 from .heads import Head
+from .layers import check_positive
 from .streaming import Carry, ModelConfig, StreamingModel
 
 FRONTS = ("2d", "3d")
@@ -55,8 +56,9 @@ class LipResNetConfig(ModelConfig):
         check_choice(self.backend, "backend", BACKENDS)
         if self.depth not in RESNETS:
             raise ValueError(f"depth: expected one of {', '.join(map(str, RESNETS))}, got {self.depth}")
-        if self.width <= 0.0 or self.features < 1:
-            raise ValueError(f"width, features: expected more than 0, got {self.width}, {self.features}")
+        check_positive("features", [self.features])
+        if self.width <= 0.0:
+            raise ValueError(f"width: expected more than 0, got {self.width}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability from 0 to less than 1, got {self.dropout}")
 
@@ -179,8 +181,11 @@ class VGGMConfig(ModelConfig):
         super().__post_init__()
         if len(self.channels) != 5:
             raise ValueError(f"channels: expected 5 values, got {list(self.channels)}")
-        if self.frames < 1:
-            raise ValueError(f"frames: expected at least 1, got {self.frames}")
+        check_positive("channels", self.channels)
+        for name in ("fc_channels", "frames", "head_channels"):
+            check_positive(name, [getattr(self, name)])
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability from 0 to less than 1, got {self.dropout}")
 
 
 def _tower(in_channels: int, channels: int) -> nn.Sequential:
