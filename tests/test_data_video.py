@@ -1,5 +1,7 @@
 """Decoding and encoding video files."""
 
+import gc
+import multiprocessing
 import struct
 
 import av
@@ -204,6 +206,24 @@ def test_pictures_are_turned_as_the_file_says(tmp_path, rgb, matrix, shown):
     turned, _ = read_video(path, rgb=rgb)
     assert turned.flags.c_contiguous
     assert np.array_equal(turned, [shown(frame) for frame in upright])
+
+
+def test_a_forked_process_after_reading(tmp_path):
+    """What reading leaves behind may be collected in a worker of a data loader: a fork without the reader's threads."""
+    write_video(tmp_path / "a.mp4", [np.zeros((480, 640, 3), dtype=np.uint8)] * 3)
+    gc.collect()
+    gc.disable()
+    try:
+        read_video(tmp_path / "a.mp4", rgb=True)
+        worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+        worker.start()
+        worker.join(20)
+        ended = worker.exitcode == 0
+        worker.kill()
+        worker.join()
+    finally:
+        gc.enable()
+    assert ended
 
 
 def test_write_needs_frames(tmp_path):

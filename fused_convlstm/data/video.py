@@ -11,6 +11,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 Frames = npt.NDArray[np.uint8]
 
@@ -34,6 +35,7 @@ def read_video(path: str | Path, fps: float | None = 25.0, *, rgb: bool = False)
     rate = 0.0
     visible, lasting = 0, 0  # packets of frames to show, and their time
     matrix: Any = None
+    convert = VideoReformatter()
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -49,7 +51,7 @@ def read_video(path: str | Path, fps: float | None = 25.0, *, rgb: bool = False)
                         raise VideoError(f"damaged at frame {len(frames)}")
                     if not frames:
                         matrix = frame.side_data.get("DISPLAYMATRIX")
-                    frames.append(frame.to_ndarray(format="rgb24") if rgb else _luma(frame))
+                    frames.append(_convert(frame, "rgb24", convert) if rgb else _luma(frame, convert))
                     times.append(frame.time)
             lacking = ((duration or 0) - lasting) * float(stream.time_base or 0) * rate  # frames
     except (av.FFmpegError, OSError) as error:
@@ -114,10 +116,20 @@ _LUMA_FIRST = frozenset(("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p"
 _EXPAND = np.clip(np.round((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
 
 
-def _luma(frame: av.VideoFrame) -> Frames:
+def _convert(frame: av.VideoFrame, pixel_format: str, convert: VideoReformatter) -> Frames:
+    """The picture in another format.
+
+    A frame that has been asked for its side data is in a cycle of references, which a process that was forked
+    meanwhile may be the one to collect. If it had a converter of its own, that would wait there for threads that are
+    not.
+    """
+    return np.asarray(convert.reformat(frame, format=pixel_format).to_ndarray(), dtype=np.uint8)
+
+
+def _luma(frame: av.VideoFrame, convert: VideoReformatter) -> Frames:
     """The grey picture (H, W): for most videos one table look-up, several times faster than the general conversion."""
     if frame.format.name not in _LUMA_FIRST:
-        return np.asarray(frame.to_ndarray(format="gray"), dtype=np.uint8)
+        return _convert(frame, "gray", convert)
     plane = frame.planes[0]
     luma = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
     full_range = frame.format.name.startswith("yuvj") or frame.color_range == av.video.reformatter.ColorRange.JPEG
