@@ -63,14 +63,14 @@ test-interop:
 	$(INTEROP)/bin/pip install --quiet .
 	$(INTEROP)/bin/pytest interop -p no:cacheprovider --report docs/interop.md
 
-# The GPU suite and the benchmark on the GPU at hand, under 8 minutes; without one it says so. Run again, it goes on.
+# The GPU suite and the benchmark on the GPU at hand, 8 minutes; without one it says so. Run again, it goes on.
 gpu-report: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_report.py
 
-# On the same GPU: every tile of both backends, the kernels' shares of the time, and whole networks.
+# On the same GPU: the kernels' shares of the time, every tile of both backends, and whole networks.
 gpu-tune: $(VENV)/installed
-	$(BIN)/python benchmarks/gpu_tune.py
 	$(BIN)/python benchmarks/gpu_profile.py
+	$(BIN)/python benchmarks/gpu_tune.py
 	$(BIN)/python benchmarks/models.py --device cuda
 
 clean:

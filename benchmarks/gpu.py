@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import faulthandler
 import gc
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
+import signal
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import GPU_SHAPES, Shape
@@ -33,6 +42,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 AGREEMENT = {"bf16": 0.02, "fp16": 0.003, "tf32": 0.003}
 # In the order in which they are measured.
 NAMES = ("lip24", "gesture", "lip12", "lip6", "lip3", "skip", "nowcast", "moving-digits", "k5", "stream")
+START_SECONDS = 120.0  # for a process to begin
+WAIT = 60.0  # seconds for one implementation
 POOLED_GATE_NAMES = ("gesture", "lip24", "lip12", "lip6")
 
 
@@ -211,6 +222,11 @@ def launch_cost() -> float:
     return time_ms(many)[0] * 1e-6
 
 
+def rates() -> tuple[dict[str, float], float, float]:
+    """The three of them; of matrix products by precision."""
+    return {precision: matmul_rate(dtype) for precision, dtype in DTYPES.items()}, copy_bandwidth(), launch_cost()
+
+
 def allow_everything() -> None:
     """The peers at their best: tf32 where they are float32, cuDNN's own search."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -223,22 +239,41 @@ def machine() -> dict[str, str]:
         import triton
 
         versions["triton"] = triton.__version__
-    return {"device": torch.cuda.get_device_name(), **versions, "code": code(), "date": date.today().isoformat()}
+    facts = {"device": torch.cuda.get_device_name(), **versions, "code": code(), "peers": peers_code()}
+    return {**facts, "date": date.today().isoformat()}
 
 
-def code() -> str:
-    """What was measured: a hash of the package's sources."""
+def hash_of(paths: Iterable[Path]) -> str:
     found = hashlib.sha256()
-    sources = [path for folder in ("csrc", "fused_convlstm") for path in (ROOT / folder).rglob("*")]
-    for path in sorted(path for path in sources if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+    for path in sorted(paths):
         found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 
-def same_run(earlier: dict[str, str]) -> bool:
-    """Whether a report whose machine() was this may be continued: the same device, versions and code."""
+def code() -> str:
+    """What was measured: a hash of the package's sources."""
+    sources = [path for folder in ("csrc", "fused_convlstm") for path in (ROOT / folder).rglob("*")]
+    return hash_of(path for path in sources if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"))
+
+
+def peers_code() -> str:
+    """The same of what the peers depend on."""
+    benchmarks = ROOT / "benchmarks"
+    own = [benchmarks / name for name in ("peers.py", "shapes.py", "test_cpu.py")]
+    return hash_of([*own, ROOT / "fused_convlstm" / "reference.py"])
+
+
+def same_run(earlier: dict[str, str], whose: str = "code") -> bool:
+    """Whether a report whose machine() was this may be continued: the same device, versions and code (or peers')."""
     now = machine()
-    return all(earlier.get(key) == now[key] for key in now if key != "date")
+    return all(earlier.get(key) == now[key] for key in now if key == whose or key not in ("date", "code", "peers"))
+
+
+def going_on(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """What ``path`` holds from an earlier run of the same code, or ``new`` with machine()."""
+    if path.exists() and same_run((earlier := json.loads(path.read_text()))["machine"]):
+        return {**new, **earlier}
+    return {"machine": machine(), **new}
 
 
 def slug() -> str:
@@ -246,10 +281,140 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def _compile(problem: Problem, names: Sequence[str]) -> None:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every program understands."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--minutes", type=float, default=8.0, help="after which nothing new begins")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder to go on from and to write into")
+    return made
+
+
+def run_program(
+    command: Sequence[str], seconds: float, log: Path | None = None, **environment: str
+) -> tuple[int | None, str]:
+    """Exit code and output, which ``log`` gets as it comes; no code if it took longer. What it started ends with it."""
+    with open(log, "w+") if log else tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, **environment}, preexec_fn=os.setpgrp
+        )
+        try:
+            ended: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            ended = None
+        finally:
+            end_group(process.pid)
+            process.wait(10)
+        out.seek(0)
+        return ended, out.read()
+
+
+def end_group(leader: int) -> None:
+    """Kills a group of processes and waits until they are gone, 20 s at most: the GPU is to be free."""
+
+    def running(stat: Path) -> bool:
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+            return group == str(leader) and state not in "ZX"
+        return False
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+        until = time.monotonic() + 20
+        while any(map(running, Path("/proc").glob("[0-9]*/stat"))) and time.monotonic() < until:
+            time.sleep(0.1)
+
+
+class ChildError(RuntimeError):
+    """What went wrong in a child process."""
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+class Child:
+    """A process that calls functions for this one: what hangs, dies or leaves CUDA unusable takes nothing else along.
+
+    The functions and what they take and return are pickled; before they return, they wait for the GPU. After a failure
+    of that kind the next call gets a new process."""
+
+    def __init__(self) -> None:
+        self.process: Any = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            end_group(self.process.pid)  # what it started
+            self.connection.close()
+            self.process = None
+
+    def call(self, seconds: float, function: Callable[..., Any], *arguments: object) -> Any:
+        """What ``function(*arguments)`` returns; ChildError if it raises, the process dies or it takes longer."""
+        try:
+            if self.process is None:
+                context = get_context("spawn")
+                self.connection, there = context.Pipe()
+                self.process = context.Process(target=_serve, args=(there, allow_everything))
+                self.process.start()
+                there.close()
+                self._receive(START_SECONDS)
+            self.connection.send((seconds, function, arguments))
+            value, error, usable = self._receive(seconds)
+        except (EOFError, OSError):
+            self.process.join(10)
+            code = self.process.exitcode
+            self.end()
+            raise ChildError(f"the process died, exit code {code}") from None
+        except BaseException:
+            self.end()
+            raise
+        if not usable:
+            self.end()
+        if error is not None:
+            raise ChildError(error + ("" if usable else " (CUDA unusable afterwards)"))
+        return value
+
+    def _receive(self, seconds: float) -> Any:
+        if not self.connection.poll(seconds):
+            raise ChildError(f"not done within {seconds:.0f} s")
+        return self.connection.recv()
+
+
+def _serve(connection: Any, setup: Callable[[], None]) -> None:
+    os.setpgrp()
+    setup()
+    connection.send("ready")
+    while True:
+        try:
+            seconds, function, arguments = connection.recv()
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(0.9 * seconds)  # where it hangs, before it is killed
+        value, error, usable = None, None, True
+        try:
+            value = function(*arguments)
+        except Exception as raised:
+            error = said(raised)
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except RuntimeError as raised:
+            usable = False
+            print(f"CUDA is unusable: {raised}", flush=True)
+        faulthandler.cancel_dump_traceback_later()
+        connection.send((value, error, usable))
+
+
+def _compile(problem: Problem, name: str) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    for name in names:
-        prepare(problem, name)()
+    prepare(problem, name)()
     torch.cuda.synchronize()
 
 
@@ -258,17 +423,25 @@ def compiled(names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in PEERS[:2] and "CUDA graph" not in name]
 
 
-def compile_ahead(jobs: Sequence[tuple[Problem, list[str]]], seconds: float) -> None:
+def compile_ahead(jobs: Sequence[tuple[Problem, str]], seconds: float) -> None:
     """Fills the caches of Triton and torch.compile by a call of each implementation, several processes at a time.
 
     What fails here fails again, and is reported, where it is measured."""
     processes = min(8, (os.cpu_count() or 1) // 2)
-    if processes < 2:
+    if processes < 2 or not jobs:
         return
-    start = time.monotonic()
-    with get_context("spawn").Pool(processes) as pool:  # ends what is late
-        results = [pool.apply_async(_compile, job) for job in jobs]
-        for result in results:
-            result.wait(max(0.0, start + seconds - time.monotonic()))
-        done = sum(result.ready() for result in results)
-    print(f"compiled ahead {done} of {len(jobs)} problems in {time.monotonic() - start:.0f} s", flush=True)
+    begin, left, done = time.monotonic(), list(jobs), []
+
+    def work(_: int) -> None:
+        with Child() as child:
+            while left and (remaining := begin + seconds - time.monotonic()) > 5:
+                job = left.pop(0)
+                try:
+                    child.call(min(120.0, remaining), _compile, *job)
+                    done.append(job)
+                except ChildError as error:
+                    print(f"compiling ahead {job[0]}, {job[1]}: {error}", flush=True)
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(work, range(processes)))
+    print(f"compiled ahead {len(done)} of {len(jobs)} in {time.monotonic() - begin:.0f} s", flush=True)

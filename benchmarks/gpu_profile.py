@@ -2,8 +2,10 @@
 
 For training and inference of the most important problems and both GPU backends: the time of a call, how long the GPU
 was busy, every kernel's share (PyTorch's profiler), and the floor (arithmetic at the measured matmul rate, bytes at the
-measured copy rate, launches at their measured cost). ``--ncu`` adds what Nsight Compute says of our kernels. Writes
-``results/profile-DEVICE.md``.
+measured copy rate, launches at their measured cost). ``--ncu`` adds, after all of these, what Nsight Compute says of
+our kernels. Writes ``profile-DEVICE.json`` and ``.md`` into ``--results`` as it goes; a run that was stopped goes on
+where it was, as long as device, versions and code are the same. Calls run in another process, which is ended if one
+hangs.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import shutil
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gpu
@@ -24,6 +28,7 @@ from gpu import Problem
 
 NAMES = ("lip24", "lip12", "lip6", "gesture", "nowcast")
 CALLS = 3
+NCU_SECONDS = 120.0  # for one implementation
 KERNELS = 12  # lines of a table
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats")
 METRICS = (
@@ -82,6 +87,7 @@ def profiled(function: Callable[[], object]) -> list[Launch]:
 
 
 def section(problem: Problem, name: str, rate: float, bandwidth: float, launch_cost: float) -> str:
+    """The text of one; runs in a child process."""
     function = gpu.prepare(problem, name)
     median = gpu.time_ms(function)[0]
     launches = profiled(function)
@@ -136,11 +142,8 @@ def ncu(problem: Problem, name: str) -> str:
     command += [argument for title in SECTIONS for argument in ("--section", title)]
     command += ["--kernel-name", "regex:lstm|pooled_gate", "--launch-count", "8"]
     command += [sys.executable, __file__, "--once", str(problem), name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return "ncu: not done within 120 s"
-    return ncu_table(done.stdout + done.stderr)
+    code, said = gpu.run_program(command, NCU_SECONDS)
+    return f"ncu: not done within {NCU_SECONDS:.0f} s" if code is None else ncu_table(said)
 
 
 def once(problem: Problem, name: str) -> None:
@@ -154,8 +157,58 @@ def once(problem: Problem, name: str) -> None:
     torch.cuda.profiler.stop()
 
 
+def save(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    matmul_flops, bandwidth, launch_cost = facts["rates"]
+    text = [
+        ", ".join(f"{key} {value}" for key, value in facts["machine"].items()),
+        f"Matmul bf16 {matmul_flops['bf16'] / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s, "
+        f"launch {launch_cost * 1e6:.1f} us.",
+    ]
+    for what, section in facts["sections"].items():
+        text += [section, *([facts["ncu"][what]] if what in facts["ncu"] else [])]
+    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+
+
+def run(arguments: argparse.Namespace, problems: Sequence[Problem]) -> int:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"profile-{gpu.slug()}.json"
+    facts = gpu.going_on(path, {"rates": None, "sections": {}, "ncu": {}, "failed": []})
+    jobs = [
+        (part, problem, f"{backend}, channels last")
+        for part in (("sections", "ncu") if arguments.ncu else ("sections",))
+        for problem in problems
+        if problem.precision == "bf16" and problem.shape.name in arguments.shapes
+        for backend in gpu.usable_backends()
+    ]
+    with gpu.Child() as child:
+        facts["rates"] = facts["rates"] or child.call(gpu.WAIT, gpu.rates)
+        matmul_flops, bandwidth, launch_cost = facts["rates"]
+        for part, problem, name in jobs:
+            what = f"{problem}, {name}"
+            if what in facts[part]:
+                continue
+            if time.monotonic() > deadline:
+                print(f"no time left for {what} ({part}) and what follows; run again to go on")
+                return 1
+            if part == "ncu":
+                child.end()  # the GPU to ncu alone
+                facts[part][what] = ncu(problem, name)
+            else:
+                try:
+                    rates = matmul_flops["bf16"], bandwidth, launch_cost
+                    facts[part][what] = child.call(gpu.WAIT, section, problem, name, *rates)
+                except gpu.ChildError as error:
+                    facts[part][what] = f"## {what}\n\nFailed: {error}"
+                    facts["failed"].append(what)
+            save(path, facts)
+            print(facts[part][what], flush=True)
+    return 1 if facts["failed"] else 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = gpu.parser(__doc__)
     parser.add_argument("--ncu", action="store_true", help="with Nsight Compute's view of our kernels")
     parser.add_argument("--shapes", nargs="+", default=NAMES, help=f"of the benchmark; default: {' '.join(NAMES)}")
     parser.add_argument("--once", nargs=2, metavar=("PROBLEM", "IMPLEMENTATION"), help=argparse.SUPPRESS)
@@ -164,27 +217,11 @@ def main() -> int:
         print("gpu-profile: no CUDA device, so nothing was measured")
         return 0
     problems = {str(problem): problem for problem in gpu.plan()}
-    gpu.allow_everything()
     if arguments.once:
+        gpu.allow_everything()
         once(problems[arguments.once[0]], arguments.once[1])
         return 0
-    rate, bandwidth, launch_cost = gpu.matmul_rate(gpu.DTYPES["bf16"]), gpu.copy_bandwidth(), gpu.launch_cost()
-    gpu.RESULTS.mkdir(exist_ok=True)
-    path = gpu.RESULTS / f"profile-{gpu.slug()}.md"
-    text = [
-        ", ".join(f"{key} {value}" for key, value in gpu.machine().items()),
-        f"Matmul bf16 {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s, launch {launch_cost * 1e6:.1f} us.",
-    ]
-    for problem in problems.values():
-        if problem.precision != "bf16" or problem.shape.name not in arguments.shapes:
-            continue
-        for backend in gpu.usable_backends():
-            name = f"{backend}, channels last"
-            text.append(section(problem, name, rate, bandwidth, launch_cost))
-            text += [ncu(problem, name)] if arguments.ncu else []
-            print("\n\n".join(text[-2 if arguments.ncu else -1 :]), flush=True)
-            path.write_text("\n\n".join(text) + "\n")
-    return 0
+    return run(arguments, list(problems.values()))
 
 
 if __name__ == "__main__":

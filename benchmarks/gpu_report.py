@@ -1,25 +1,27 @@
 """``python benchmarks/gpu_report.py`` (``make gpu-report``): the GPU suite, and the benchmark against what people use.
 
-One command of at most ``--minutes``: the tests marked ``gpu``, compute-sanitizer if there is one, then the benchmark,
-the most important problems first. Writes JSON, Markdown and a chart into ``benchmarks/results/`` as it goes; what no
+One command of at most ``--minutes``: the tests marked ``gpu``, then the benchmark, the most important problems first,
+then compute-sanitizer if there is one. Writes JSON, Markdown and a chart into ``--results`` as it goes; what no
 time was left for is listed, and measured by the next run, which goes on where this one stopped as long as device,
-versions and code are the same. Without a CUDA device it says so and changes nothing.
+versions and code are the same. Implementations run in another process, which is ended if one hangs. Fails if a test,
+an implementation or the sanitizer has failed. Without a CUDA device it says so and changes nothing.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import gpu
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from fused_convlstm.backends import registry
 
+TEST_SECONDS = 90  # for one test
+SANITIZER_SECONDS = 90.0  # for one tool and backend
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZED = """
 import sys
@@ -75,6 +79,7 @@ class Report:
 
     machine: dict[str, str]
     suite: dict[str, str]  # "passed": "yes", "no" or "not run"; "summary"
+    tests: dict[str, str]  # those that did not pass, and why
     sanitizer: dict[str, str]
     matmul_flops: dict[str, float]
     copy_bandwidth: float
@@ -93,19 +98,9 @@ class Report:
         path.with_suffix(".md").write_text(self.text() + "\n")
 
     def to_do(self) -> list[tuple[Problem, list[str]]]:
-        """What of the plan is not measured."""
-        known = {r.key for r in self.results}
-        left = [
-            (
-                p,
-                [
-                    n
-                    for n in gpu.implementations(p.training)
-                    if (p.cell, p.task, p.precision, p.shape.name, n) not in known
-                ],
-            )
-            for p in gpu.plan()
-        ]
+        """What of the plan is not measured and has not failed."""
+        known = {", ".join([" ".join(r.key[:-1]), r.implementation]) for r in self.results} | self.failures.keys()
+        left = [(p, [n for n in gpu.implementations(p.training) if f"{p}, {n}" not in known]) for p in gpu.plan()]
         return [(problem, names) for problem, names in left if names]
 
     def text(self) -> str:
@@ -118,17 +113,30 @@ class Report:
         ]
         if self.suite["passed"] != "yes":
             text.append("**The suite has not passed: the times below prove nothing.**")
+        text.append("\n".join(f"- `{test}`: {why.splitlines()[-1][:200]}" for test, why in self.tests.items()))
         text += [tables(self.results), backend_table(self.results)]
         if self.failures:
             text.append("Failed:\n\n" + "\n".join(f"- {name}: {why}" for name, why in self.failures.items()))
-        missing = [f"{p}, {name}" for p, names in self.to_do() for name in names if f"{p}, {name}" not in self.failures]
+        missing = [f"{p}, {name}" for p, names in self.to_do() for name in names]
         if missing:
             text.append("Not measured, for want of time:\n\n" + "\n".join(f"- {name}" for name in missing))
         return "\n\n".join(part for part in text if part)
 
 
-def measure(problem: Problem, name: str, report: Report, expected: list[Tensor]) -> Result:
-    """``expected``: what the first implementation of the problem gave; it is put there."""
+def first_output(given: object) -> Tensor:
+    """The output, or the gradient of the input."""
+    return (given if isinstance(given, Tensor) else next(iter(given))).float()
+
+
+@lru_cache(maxsize=1)
+def expected(problem: Problem) -> Tensor:
+    """What plain PyTorch gives."""
+    return first_output(gpu.prepare(problem, "eager")())
+
+
+def measure(problem: Problem, name: str, matmul_flops: float, copy_bandwidth: float) -> Result:
+    """Runs in a child process."""
+    right = expected(problem)
     function = gpu.prepare(problem, name)
     function()
     torch.cuda.synchronize()
@@ -137,38 +145,61 @@ def measure(problem: Problem, name: str, report: Report, expected: list[Tensor])
     given = function()
     torch.cuda.synchronize()
     peak = None if "CUDA graph" in name else (torch.cuda.max_memory_allocated() - before) / 2**20
-    first = (given if isinstance(given, Tensor) else next(iter(given))).float()  # the output, or the input's gradient
-    if not expected:
-        expected.append(first)
-    difference = float((first - expected[0]).norm() / expected[0].norm())
+    difference = float((first_output(given) - right).norm() / right.norm())
     if not difference <= gpu.AGREEMENT[problem.precision]:
-        raise RuntimeError(f"differs from the first implementation by {difference:.2g} of its norm")
-    del given, first
+        raise RuntimeError(f"differs from plain PyTorch by {difference:.2g} of its norm")
+    del given
     median, low, high = gpu.time_ms(function)
-    rate = problem.flops / median * 1e3 / report.matmul_flops[problem.precision]
-    moved = problem.least_bytes / median * 1e3 / report.copy_bandwidth
+    rate = problem.flops / median * 1e3 / matmul_flops
+    moved = problem.least_bytes / median * 1e3 / copy_bandwidth
     return Result(
         problem.cell, problem.task, problem.precision, problem.shape.name, name, median, low, high, peak, rate, moved
     )
 
 
-def run_tests(seconds: float, log: Path) -> dict[str, str]:
-    """The GPU suite: of the other files, not even the imports have to work."""
+def outcomes(log: Path) -> dict[str, tuple[str, str]]:
+    """By test, how its last run ended ("started": it did not) and what was said, first, from what tests/conftest.py
+    writes."""
+    found: dict[str, tuple[str, str]] = {}
+    for line in log.read_text().splitlines()[1:] if log.exists() else ():
+        with contextlib.suppress(ValueError):  # a line cut off
+            facts = json.loads(line)
+            test, outcome = facts["test"], facts["outcome"]
+            if outcome == "started" or found.get(test, ("", ""))[0] != "failed":
+                found[test] = outcome, facts["said"]
+    return found
+
+
+def run_tests(seconds: float, log: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The GPU suite, less what an earlier run of the same code has passed; what came of it, and of each test that did
+    not pass why. Of the other files, not even the imports have to work. ``log`` gets pytest's output; each test's
+    outcome stands beside it in a .jsonl file."""
+    lines = log.with_suffix(".jsonl")
+    if not lines.exists() or lines.read_text().partition("\n")[0] != gpu.code():
+        lines.write_text(gpu.code() + "\n")
     files = [str(path) for path in sorted((gpu.ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    with log.open("w") as out:
-        try:
-            code = subprocess.run(command, cwd=gpu.ROOT, stdout=out, stderr=out, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-    said = log.read_text()
-    print(said[-6000:], flush=True)
-    if code is None:
-        return {"passed": "no", "summary": f"not done within {seconds:.0f} s"}
-    lines = [line.strip("= ") for line in said.strip().splitlines()] or ["no output"]
-    return {"passed": "yes" if code == 0 and " passed" in lines[-1] else "no", "summary": lines[-1]}
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+        command += ["-o", f"faulthandler_timeout={0.9 * TEST_SECONDS}"]  # prints where it hangs
+    # --deselect goes by how a name begins: one that ends in its parameters begins no other.
+    passed = [test for test, (outcome, _) in outcomes(lines).items() if outcome == "passed" and test.endswith("]")]
+    command += [f"--deselect={test}" for test in passed]
+    code, printed = gpu.run_program(command, seconds, log, FUSED_CONVLSTM_TEST_LOG=str(lines))
+    print(printed[-6000:], flush=True)
+    found = outcomes(lines)
+    wrong = {
+        test: said[-600:].strip() or "began and did not end"
+        for test, (outcome, said) in found.items()
+        if outcome in ("started", "failed")
+    }
+    count = [f"{n} {what}" for what, n in sorted(Counter(outcome for outcome, _ in found.values()).items())]
+    end = f"not done within {seconds:.0f} s" if code is None else f"exit code {code}"
+    # 5: there was nothing left to run.
+    good = code in (0, 5) and not wrong and any(outcome == "passed" for outcome, _ in found.values())
+    return {"passed": "yes" if good else "no", "summary": ", ".join([*count, *([] if good else [end])])}, wrong
 
 
 def run_sanitizer(tool: str, backend: str, seconds: float) -> str:
@@ -177,15 +208,19 @@ def run_sanitizer(tool: str, backend: str, seconds: float) -> str:
     if program is None:
         return "not run: no compute-sanitizer"
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
-    try:
-        done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not done within {seconds:.0f} s"
-    said = done.stdout + done.stderr
+    code, said = gpu.run_program(command, seconds)
     found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", said)
-    if done.returncode != 0 or not found:
-        print(said[-3000:], flush=True)
-    return found[-1] if found else f"exit code {done.returncode}: {said[-300:]}"
+    if code == 0 and found and all(map(clean, found)):
+        return found[-1]
+    print(said[-3000:], flush=True)
+    dirty = [line for line in found if not clean(line)]
+    how = f"not done within {seconds:.0f} s" if code is None else f"exit code {code}"
+    return dirty[0] if dirty else f"{how}: {said[-300:]}"
+
+
+def clean(said: str) -> bool:
+    """Whether a tool's last word was that it found nothing."""
+    return re.match(r"(ERROR|RACECHECK) SUMMARY: 0 ", said) is not None
 
 
 def best(results: Sequence[Result]) -> Result:
@@ -288,31 +323,61 @@ def chart(results: Sequence[Result], path: Path) -> None:
 
 
 def begin(path: Path) -> Report:
-    """The report of an earlier run of the same code on the same device, or a new one."""
-    if path.exists() and gpu.same_run((report := Report.load(path)).machine):
-        report.machine = gpu.machine()
-        print(f"going on with {path.name}: {len(report.results)} measured")
+    """The report of an earlier run of the same code on the same device, or a new one with what it knew of the peers."""
+    report = Report(gpu.machine(), {"passed": "not run", "summary": "not run"}, {}, {}, {}, 0.0, 0.0, {}, [])
+    if not path.exists():
         return report
-    suite = {"passed": "not run", "summary": "not run"}
-    return Report(gpu.machine(), suite, {}, {}, 0.0, 0.0, {}, [])
+    earlier = Report.load(path)
+    ours, peers = (gpu.same_run(earlier.machine, whose) for whose in ("code", "peers"))
+    if ours:
+        report = replace(earlier, machine=report.machine)
+    peers_failures = tuple(f", {name}" for name in gpu.PEERS)
+    report.results = [r for r in earlier.results if (peers if r.is_peer else ours)]
+    report.failures = {
+        what: why for what, why in earlier.failures.items() if (peers if what.endswith(peers_failures) else ours)
+    }
+    print(f"going on with {path.name}: {len(report.results)} measured")
+    return report
 
 
-def check(report: Report, path: Path, seconds: float) -> None:
-    """Suite and sanitizer, as far as they have not passed yet; saved as they come."""
-    if report.suite["passed"] != "yes":
-        report.suite = run_tests(0.8 * seconds, path.with_suffix(".log"))
-        report.save(path)
+def benchmark(report: Report, path: Path, deadline: float) -> None:
+    """What is not measured yet, saved as it comes."""
+    for name in gpu.BACKENDS:
+        reason = "not registered" if name not in registry.names() else registry.get(name).unavailable()
+        report.failures.pop(name, None)
+        report.failures |= {} if reason is None else {name: reason}
+    left = report.to_do()
+    jobs = [(problem, name) for problem, names in left for name in gpu.compiled(names)]
+    gpu.compile_ahead(jobs, 0.4 * (deadline - time.monotonic()))
+    with gpu.Child() as child:
+        report.matmul_flops, report.copy_bandwidth, report.launch_cost = child.call(gpu.WAIT, gpu.rates)
+        for problem, names in left:
+            for name in names:
+                if time.monotonic() > deadline - 15:
+                    return
+                what = f"{problem}, {name}"
+                rates = report.matmul_flops[problem.precision], report.copy_bandwidth
+                try:
+                    report.results.append(child.call(gpu.WAIT, measure, problem, name, *rates))
+                    print(f"{what}: {report.results[-1].median_ms:.3f} ms", flush=True)
+                except gpu.ChildError as error:  # a finding, reported with the others
+                    report.failures[what] = str(error)
+                    print(f"{what}: {error}", flush=True)
+                report.save(path)
+
+
+def sanitize(report: Report, path: Path, deadline: float) -> None:
+    """The sanitizer, as far as it has not found everything right yet."""
     for tool in SANITIZER_TOOLS:
         for backend in gpu.usable_backends():
-            what = f"{tool}, {backend}"
-            if " 0 " not in report.sanitizer.get(what, ""):
-                report.sanitizer[what] = run_sanitizer(tool, backend, 0.1 * seconds)
+            what, seconds = f"{tool}, {backend}", min(SANITIZER_SECONDS, deadline - time.monotonic())
+            if seconds > 30 and not clean(report.sanitizer.get(what, "")):
+                report.sanitizer[what] = run_sanitizer(tool, backend, seconds)
                 report.save(path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
+    parser = gpu.parser(__doc__)
     parser.add_argument(
         "--skip-tests", action="store_true", help="measure only; the report says that nothing is proven"
     )
@@ -321,45 +386,25 @@ def main() -> int:
         print("gpu-report: no CUDA device, so nothing was tested or measured")
         return 0
     deadline = time.monotonic() + 60 * arguments.minutes
-    gpu.RESULTS.mkdir(exist_ok=True)
-    path = gpu.RESULTS / f"gpu-{gpu.slug()}.json"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"gpu-{gpu.slug()}.json"
     report = begin(path)
-    if not arguments.skip_tests:
-        check(report, path, 0.55 * 60 * arguments.minutes)
-    print(f"GPU suite: {report.suite['summary']}", *(f"{k}: {v}" for k, v in report.sanitizer.items()), sep="\n")
-
-    gpu.allow_everything()
-    report.matmul_flops = {precision: gpu.matmul_rate(dtype) for precision, dtype in gpu.DTYPES.items()}
-    report.copy_bandwidth, report.launch_cost = gpu.copy_bandwidth(), gpu.launch_cost()
-    report.failures = {
-        name: reason
-        for name in gpu.BACKENDS
-        if (reason := "not registered" if name not in registry.names() else registry.get(name).unavailable())
-        is not None
-    }
-    left = report.to_do()
-    gpu.compile_ahead([(p, gpu.compiled(names)) for p, names in left], 0.4 * (deadline - time.monotonic()))
-    for problem, names in left:
-        expected: list[Tensor] = []
-        for name in names:
-            if time.monotonic() > deadline - 15:
-                break
-            what = f"{problem}, {name}"
-            try:
-                report.results.append(measure(problem, name, report, expected))
-            except Exception as error:  # one implementation's failure is a finding, reported with the others
-                report.failures[what] = f"{type(error).__name__}: {str(error)[:200]}"
-                print(f"{what}: {report.failures[what]}", flush=True)
-            else:
-                print(f"{what}: {report.results[-1].median_ms:.3f} ms", flush=True)
+    if not arguments.skip_tests and report.suite["passed"] != "yes":
+        report.suite, report.tests = run_tests(0.55 * 60 * arguments.minutes, path.with_suffix(".log"))
         report.save(path)
+    print(f"GPU suite: {report.suite['summary']}", *report.tests, sep="\n", flush=True)
+
+    benchmark(report, path, deadline)
     report.save(path)
+    if not arguments.skip_tests:
+        sanitize(report, path, deadline)
     if importlib.util.find_spec("matplotlib") is not None:
         chart(report.results, path.with_suffix(".png"))
     else:
         print("no chart: matplotlib is not installed")
     print(report.text())
-    return 0 if report.suite["passed"] == "yes" and not report.failures else 1
+    found = [what for what, said in report.sanitizer.items() if not clean(said) and not said.startswith("not run")]
+    return 0 if report.suite["passed"] == "yes" and not report.failures and not found else 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """``python benchmarks/gpu_tune.py``: every tile of both GPU backends on every problem of the GPU benchmark.
 
 Of Triton, the time of a launch for each kernel and each tile of its list, beside the tile that is chosen without
-autotuning; of the CUDA kernels, the time of a call for each way to run it. Writes
-``results/tuning-DEVICE.json`` and ``.md`` as it goes; a run that was stopped goes on where it was, as long as
-device, versions and code are the same. From it come the lists in ``backends/triton/tuning.py`` and the choices in
-``csrc/cuda/conv_lstm.cuh`` and ``backends/cuda/measured.py``.
+autotuning; of the CUDA kernels, the time of a call for each way to run it. Writes ``tuning-DEVICE.json`` and ``.md``
+into ``--results`` as it goes; a run that was stopped goes on where it was, as long as device, versions and code are the
+same. Calls run in another process, which is ended if one hangs. From it come the lists in
+``backends/triton/tuning.py`` and the choices in ``csrc/cuda/conv_lstm.cuh`` and ``backends/cuda/measured.py``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from fused_convlstm.backends import registry
 
 # `Sequence.tile` of csrc/cuda/params.h; where all steps at once do not fit the device, the small tile runs.
 CUDA_TILES = {"chosen": 0, "small": 1, "large": 2, "all steps at once": 3}
+TRITON_SECONDS = 180.0  # for the kernels of one problem, every tile
 Rows = list[dict[str, Any]]
 
 
@@ -43,18 +43,24 @@ def cuda_tile(number: int) -> Iterator[None]:
         del backend._kernels
 
 
-def cuda_row(problem: Problem) -> dict[str, Any]:
-    """Milliseconds of a call for each way to run it; None where it cannot."""
+def cuda_time(problem: Problem, number: int) -> float:
+    """Milliseconds of a call; runs in a child process."""
+    function = gpu.prepare(problem, "cuda, channels last")
+    with cuda_tile(number):
+        return gpu.time_ms(function)[0]
+
+
+def cuda_row(problem: Problem, child: gpu.Child) -> tuple[dict[str, Any], str]:
+    """Milliseconds of a call for each way to run it, None where it cannot, and what went wrong there."""
     times: dict[str, float | None] = {}
+    wrong = []
     for name, number in CUDA_TILES.items():
-        function = gpu.prepare(problem, "cuda, channels last")
-        with cuda_tile(number):
-            try:
-                times[name] = gpu.time_ms(function)[0]
-            except RuntimeError as error:
-                print(f"{problem}, {name}: {error}", flush=True)
-                times[name] = None
-    return {"problem": str(problem), "times": times}
+        try:
+            times[name] = child.call(gpu.WAIT, cuda_time, problem, number)
+        except gpu.ChildError as error:
+            times[name] = None
+            wrong.append(f"{name}: {error}")
+    return {"problem": str(problem), "times": times}, "; ".join(wrong)
 
 
 def triton_names(problem: Problem) -> list[str]:
@@ -62,23 +68,28 @@ def triton_names(problem: Problem) -> list[str]:
     return [f"triton, channels last{more}" for more in (("", ", recompute") if problem.training else ("",))]
 
 
-def triton_rows(problem: Problem, names: list[str]) -> Rows:
-    """Milliseconds of a launch for each kernel of this problem and each tile, and the tile chosen without them."""
+def triton_rows(problem: Problem, names: list[str]) -> tuple[Rows, str]:
+    """Milliseconds of a launch for each kernel of this problem and each tile, the tile chosen without them, and what
+    went wrong: then the last tile of the last row did, and others are missing. Runs in a child process."""
     from fused_convlstm.backends.triton import tuning
 
     rows: Rows = []
     seen = set(tuning.timings())
+    wrong = ""
     tuning.autotune(True)
-    for name in names:
-        gpu.prepare(problem, name)()
+    try:
+        for name in names:
+            gpu.prepare(problem, name)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        wrong = gpu.said(error)
     tuning.autotune(None)
     for key, times in tuning.timings().items():
         if key not in seen:
             kind, arch, element_bytes, precision, images, rows_of_image, channels, groups, *rest = key
-            device = torch.device("cuda")
-            chosen = tuning.default(
-                kind, images, rows_of_image, channels, groups, tuple(times), tuning.multiprocessors(device)
-            )
+            processors = tuning.multiprocessors(torch.device("cuda"))
+            options = tuning.tiles(kind, arch, precision)
+            chosen = tuning.default(kind, images, rows_of_image, channels, groups, options, processors)
             rows.append(
                 {
                     "problem": str(problem), "kernel": kind, "capability": arch, "element_bytes": element_bytes,
@@ -87,7 +98,7 @@ def triton_rows(problem: Problem, names: list[str]) -> Rows:
                     "times": {tile_name(tile): ms for tile, ms in times.items()},
                 }
             )  # fmt: skip
-    return rows
+    return rows, wrong
 
 
 def tile_name(tile: Any) -> str:
@@ -115,49 +126,53 @@ def save(path: Path, facts: dict[str, Any]) -> None:
         table(facts["triton"], lambda row: f"{row['problem']}, {row['kernel']} {row['rest']}"),
         "CUDA, a call:",
         table(facts["cuda"], lambda row: str(row["problem"])),
+        *(f"- {what} failed: {why}" for what, why in facts["failed"].items()),
     ]
     path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
-    arguments = parser.parse_args()
+    arguments = gpu.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         print("gpu-tune: no CUDA device, so nothing was measured")
         return 0
     deadline = time.monotonic() + 60 * arguments.minutes
-    gpu.RESULTS.mkdir(exist_ok=True)
-    path = gpu.RESULTS / f"tuning-{gpu.slug()}.json"
-    facts: dict[str, Any] = {"machine": gpu.machine(), "done": [], "triton": [], "cuda": []}
-    if path.exists() and gpu.same_run((earlier := json.loads(path.read_text()))["machine"]):
-        facts = earlier
-    gpu.allow_everything()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"tuning-{gpu.slug()}.json"
+    facts = gpu.going_on(path, {"done": [], "failed": {}, "triton": [], "cuda": []})
     if "triton" in gpu.usable_backends():
         from fused_convlstm.backends.triton.tuning import ENVIRONMENT_VARIABLE
 
         os.environ[ENVIRONMENT_VARIABLE] = "1"  # for the processes that compile: every tile
         left = [problem for problem in gpu.plan() if f"{problem}, triton" not in facts["done"]]
-        gpu.compile_ahead([(problem, triton_names(problem)) for problem in left], 0.4 * 60 * arguments.minutes)
+        jobs = [(problem, name) for problem in left for name in triton_names(problem)]
+        gpu.compile_ahead(jobs, 0.4 * 60 * arguments.minutes)
         del os.environ[ENVIRONMENT_VARIABLE]
-    for problem in gpu.plan():
-        for backend in gpu.usable_backends():
-            what = f"{problem}, {backend}"
-            if what in facts["done"] or (backend == "cuda" and problem.cell != gpu.CELLS[0]):
-                continue  # the pooled gates' CUDA kernels have one tile
-            if time.monotonic() > deadline:
-                print(f"no time left for {what} and what follows; run again to go on")
+    with gpu.Child() as child:
+        for problem in gpu.plan():
+            for backend in gpu.usable_backends():
+                what = f"{problem}, {backend}"
+                if what in facts["done"] or (backend == "cuda" and problem.cell != gpu.CELLS[0]):
+                    continue  # the pooled gates' CUDA kernels have one tile
+                if time.monotonic() > deadline:
+                    print(f"no time left for {what} and what follows; run again to go on")
+                    save(path, facts)
+                    return 1
+                if backend == "triton":
+                    try:
+                        rows, wrong = child.call(TRITON_SECONDS, triton_rows, problem, triton_names(problem))
+                    except gpu.ChildError as error:
+                        rows, wrong = [], str(error)
+                    facts["triton"] += rows
+                else:
+                    row, wrong = cuda_row(problem, child)
+                    facts["cuda"].append(row)
+                facts["done"].append(what)
+                facts["failed"] |= {what: wrong} if wrong else {}
                 save(path, facts)
-                return 1
-            if backend == "triton":
-                facts["triton"] += triton_rows(problem, triton_names(problem))
-            else:
-                facts["cuda"].append(cuda_row(problem))
-            facts["done"].append(what)
-            save(path, facts)
-            print(what, flush=True)
+                print(what, wrong, flush=True)
     print(path.with_suffix(".md").read_text())
-    return 0
+    return 1 if facts["failed"] else 0
 
 
 if __name__ == "__main__":

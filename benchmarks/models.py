@@ -2,22 +2,26 @@
 
 Time and peak memory of a training step (forward, cross-entropy, backward; no optimiser), and the latency of one more
 frame of one clip, the state carried. In the peers every ConvLSTM is the loop of ``peers.py`` with the same parameters:
-eager, and with its step under torch.compile. Writes ``results/models-DEVICE.md``.
+eager, and with its step under torch.compile. Writes ``models-DEVICE.json`` and ``.md`` into ``--results`` as it goes; a
+run that was stopped goes on where it was, as long as machine, versions and code are the same. The networks run in
+another process, which is ended if one hangs.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu
 import torch
 import torch.nn.functional as F
 from measure import peak_memory_mib
@@ -29,8 +33,8 @@ from torch import Tensor, nn
 from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d
 from fused_convlstm.models import StreamingModel, create_model
 
-RESULTS = Path(__file__).resolve().parent / "results"
 IMPLEMENTATIONS = ("fused", "eager", "compile")
+SECONDS = {"cuda": 180.0, "cpu": 900.0}  # for one network with one implementation
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,12 @@ def peak_mib(function: Callable[[], Tensor], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(network: Network, device: str, precision: str) -> Iterator[str]:
-    """The rows of the table for one network."""
+def measure(
+    network: Network, implementation: str, device: str, precision: str, expected: float | None
+) -> tuple[str, float]:
+    """Four columns of the table, and the loss, which has to be ``expected``; runs in a child process."""
+    torch._dynamo.reset()
+    gc.collect()
     torch.manual_seed(0)
     model = create_model(network.name).to(device)
     channels = model.config.in_channels
@@ -156,66 +164,84 @@ def measure(network: Network, device: str, precision: str) -> Iterator[str]:
     def autocast() -> Any:
         return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
-    expected: list[Tensor] = []
-
-    def numbers(implementation: str) -> str:
-        torch._dynamo.reset()
-        gc.collect()
-        one = model if implementation == "fused" else with_loops(model, implementation)
-        one.train()
-        step = training_step(one, frames, labels, autocast)
-        torch.manual_seed(1)  # the same dropout
-        loss = step()
-        expected.append(loss)
-        torch.testing.assert_close(loss, expected[0], rtol=1e-3 if dtype is None else 5e-2, atol=1e-3)
-        memory = peak_mib(step, device)
-        took = milliseconds(step, device)
-        latency = ""
-        if one.eval().streams:
-            stream = streaming_step(one, frames, autocast)
-            for _ in range(3):
-                stream()
-            latency = f"{milliseconds(stream, device):.3g}"
-        peak = "" if memory is None else f"{memory:.0f}"
-        return f"{took:.4g} | {1e3 * network.batch / took:.3g} | {peak} | {latency}"
-
-    for implementation in IMPLEMENTATIONS:
-        try:
-            result = numbers(implementation)
-        except Exception as error:  # a peer's failure is a finding; the others are measured all the same
-            if implementation == "fused":
-                raise
-            reason = str(error)[:100].replace("|", "/")
-            result = f"{type(error).__name__}: {reason!r} | | |"
-        size = f"{network.batch} x {network.steps} x {network.size}x{network.size}"
-        yield f"| {network.name} | {size} | {implementation} | {result} |"
+    model = model if implementation == "fused" else with_loops(model, implementation)
+    model.train()
+    step = training_step(model, frames, labels, autocast)
+    torch.manual_seed(1)  # the same dropout
+    loss = float(step())
+    if expected is not None and not abs(loss - expected) <= 1e-3 + (1e-3 if dtype is None else 5e-2) * abs(expected):
+        raise RuntimeError(f"the loss is {loss:.6g}, not {expected:.6g}")
+    memory = peak_mib(step, device)
+    took = milliseconds(step, device)
+    latency = ""
+    if model.eval().streams:
+        stream = streaming_step(model, frames, autocast)
+        for _ in range(3):
+            stream()
+        latency = f"{milliseconds(stream, device):.3g}"
+    peak = "" if memory is None else f"{memory:.0f}"
+    return f"{took:.4g} | {1e3 * network.batch / took:.3g} | {peak} | {latency}", loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def save(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    text = [
+        ", ".join(f"{key} {value}" for key, value in facts["machine"].items()),
+        "",
+        "| network | clips | ConvLSTMs | training step ms | clips/s | memory of a step MiB | one frame more ms |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        *facts["rows"].values(),
+    ]
+    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def main() -> int:
+    parser = gpu.parser(__doc__)
     parser.add_argument("--device", choices=tuple(NETWORKS), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--networks", nargs="+", help="names; default: all")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
         print("models: no CUDA device, so nothing was measured")
-        return
-    precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    about = machine() | ({"device": torch.cuda.get_device_name()} if arguments.device == "cuda" else {})
-    text = [
-        ", ".join(f"{key} {value}" for key, value in about.items()) + f", {precision}",
-        "",
-        "| network | clips | ConvLSTMs | training step ms | clips/s | memory of a step MiB | one frame more ms |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    for network in NETWORKS[arguments.device]:
-        if arguments.networks is None or network.name in arguments.networks:
-            for row in measure(network, arguments.device, precision):
-                print(row, flush=True)
-                text.append(row)
-                (RESULTS / f"models-{arguments.device}.md").write_text("\n".join(text) + "\n")
+        return 0
+    deadline = time.monotonic() + 60 * arguments.minutes
+    precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
+    about = machine() | ({"device": torch.cuda.get_device_name()} if device == "cuda" else {})
+    facts: dict[str, Any] = {
+        "machine": about | {"code": gpu.code(), "precision": precision}, "rows": {}, "losses": {}, "failed": []
+    }  # fmt: skip
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"models-{device}.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["machine"] | {"date": ""} == facts["machine"] | {"date": ""}:
+            facts = earlier
+    with gpu.Child() as child:
+        for network in NETWORKS[device]:
+            for implementation in IMPLEMENTATIONS:
+                what = f"{network.name}, {implementation}"
+                if what in facts["rows"] or (arguments.networks and network.name not in arguments.networks):
+                    continue
+                if time.monotonic() > deadline:
+                    print(f"no time left for {what} and what follows; run again to go on")
+                    return 1
+                try:
+                    expected = facts["losses"].get(network.name)
+                    result, loss = child.call(
+                        SECONDS[device], measure, network, implementation, device, precision, expected
+                    )
+                    facts["losses"].setdefault(network.name, loss)
+                except gpu.ChildError as error:  # a finding; the others are measured all the same
+                    reason = str(error)[:100].replace("|", "/")
+                    result = f"{reason!r} | | |"
+                    facts["failed"].append(what)
+                size = f"{network.batch} x {network.steps} x {network.size}x{network.size}"
+                facts["rows"][what] = f"| {network.name} | {size} | {implementation} | {result} |"
+                print(facts["rows"][what], flush=True)
+                save(path, facts)
+    return 1 if facts["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,61 +62,28 @@ def test_every_planned_shape_exists() -> None:
     assert len({str(problem) for problem in plan}) == len(plan)
 
 
-class Event:
-    """A CUDA event's stand-in: every call takes a millisecond."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        pass
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1.0
-
-
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The CPU in the place of the GPU, two small problems, and a folder for the results."""
+    """The CPU in the place of the GPU, four small problems, and a folder for the results."""
     import gpu
-    from shapes import Shape
+    import gpu_stand_in
 
-    def nothing(*args: object) -> None:
-        pass
-
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stand-in 1")
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
-    monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
-    monkeypatch.setattr(gpu, "graphed", lambda function: function)
-    monkeypatch.setattr(gpu, "matmul_rate", lambda dtype: 1e12)
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
-    monkeypatch.setattr(gpu, "launch_cost", lambda: 1e-6)
-    monkeypatch.setattr(gpu, "allow_everything", nothing)
-    monkeypatch.setattr(gpu, "compile_ahead", nothing)
-    monkeypatch.setattr(gpu, "BACKENDS", ("cpu",))
-    monkeypatch.setattr(gpu, "PEERS", ("eager", "channels_last"))
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    shape = Shape("small", 2, 3, 8, 16, 6, 6, 3)
-    problems = [gpu.Problem(cell, shape, "tf32", training) for cell in gpu.CELLS for training in (True, False)]
-    monkeypatch.setattr(gpu, "plan", lambda: problems)
+    gpu_stand_in.install(monkeypatch.setattr)
+    monkeypatch.setattr(gpu, "compile_ahead", gpu_stand_in.nothing)
     return tmp_path
 
 
 @pytest.fixture
 def run_report(stub: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    import gpu
     import gpu_report
 
-    monkeypatch.setattr(gpu_report, "run_tests", lambda *_: {"passed": "yes", "summary": "5 passed in 1 s"})
+    monkeypatch.setattr(gpu_report, "run_tests", lambda *_: ({"passed": "yes", "summary": "5 passed"}, {}))
     monkeypatch.setattr(gpu_report, "run_sanitizer", lambda *_: "ERROR SUMMARY: 0 errors")
+    monkeypatch.setattr(gpu, "WAIT", 20.0)
 
     def run(*arguments: str) -> tuple[int, Any]:
-        monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--results", str(stub), *arguments])
         code = gpu_report.main()
         return code, gpu_report.Report.load(stub / "gpu-stand-in-1.json")
 
@@ -153,7 +122,7 @@ def test_a_report_goes_on_where_it_stopped(
 
     kept = make_result("eager", 123.0, 1.0)
     first = gpu.plan()[0]
-    kept = replace(kept, cell=first.cell, task=first.task, precision="tf32", shape="small")
+    kept = replace(kept, cell=first.cell, task=first.task, shape="small")
     report.results = [kept]
     report.save(stub / "gpu-stand-in-1.json")
     monkeypatch.setattr(gpu_report, "run_tests", lambda *_: pytest.fail("the suite has passed already"))
@@ -162,33 +131,77 @@ def test_a_report_goes_on_where_it_stopped(
     assert report.results[0] == kept
     assert not report.to_do()
 
-    monkeypatch.setattr(gpu_report, "run_tests", lambda *_: {"passed": "no", "summary": "1 failed"})
+    monkeypatch.setattr(gpu_report, "run_tests", lambda *_: ({"passed": "no", "summary": "1 failed"}, {"test_a": "no"}))
     monkeypatch.setattr(gpu, "code", lambda: "other code")
     code, report = run_report("--minutes", "0.01")
     assert code == 1
-    assert report.results == []
+    assert {r.implementation for r in report.results} == {"eager", "channels_last"}  # they are what they were
+    assert "- `test_a`: no" in (stub / "gpu-stand-in-1.md").read_text()
     assert "prove nothing" in (stub / "gpu-stand-in-1.md").read_text()
 
 
-def test_a_wrong_result_is_not_timed(
-    run_report: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("wrong", "RuntimeError: differs from plain PyTorch by 0.5 of its norm"),
+        ("unusable", "illegal memory access was encountered (CUDA unusable afterwards)"),
+        ("dies", "the process died, exit code 1"),
+        ("hangs", "not done within 8 s"),
+    ],
+)
+def test_one_bad_implementation(
+    fault: str, why: str, run_report: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is a failure, not tried again; everything else is measured."""
     import gpu
+    import gpu_stand_in
 
-    prepare = gpu.prepare
-
-    def wrong(problem: Any, name: str) -> Callable[[], object]:
-        function = prepare(problem, name)
-        if name != "cpu, channels last" or problem.training:
-            return function
-        return lambda: function() * 1.5  # type: ignore[operator]
-
-    monkeypatch.setattr(gpu, "prepare", wrong)
+    monkeypatch.setenv(gpu_stand_in.FAULT, fault)
+    if fault == "hangs":
+        monkeypatch.setattr(gpu, "WAIT", 8.0)
     code, report = run_report("--minutes", "10")
     assert code == 1
-    assert len(report.failures) == 2
-    assert all("differs from the first implementation" in why for why in report.failures.values())
-    assert not any(r.implementation == "cpu, channels last" and r.task == "inference" for r in report.results)
+    assert list(report.failures) == [", ".join(gpu_stand_in.FAULTY)]
+    assert why in report.failures[", ".join(gpu_stand_in.FAULTY)]
+    assert len(report.results) == sum(len(gpu.implementations(p.training)) for p in gpu.plan()) - 1
+    assert report.to_do() == []
+    monkeypatch.setattr(gpu.Child, "call", lambda child, seconds, function, *_: ({}, 1.0, 1.0))  # only the rates
+    assert run_report("--minutes", "10")[1].failures == report.failures
+
+
+def test_a_child_that_failed_is_followed_by_another(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    with gpu.Child() as child:
+        assert child.call(60, int, "1") == 1
+        first = child.process.pid
+        with pytest.raises(gpu.ChildError, match="ValueError"):
+            child.call(60, int, "one")
+        assert child.process.pid == first
+        with pytest.raises(gpu.ChildError, match="not done within 1 s"):
+            child.call(1, time.sleep, 600)
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+        assert child.call(60, int, "2") == 2
+        second = child.process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+
+
+def test_compiling_ahead_goes_on_after_a_crash(
+    stub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+    import gpu_stand_in
+
+    monkeypatch.undo()
+    gpu_stand_in.install(monkeypatch.setattr)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv(gpu_stand_in.FAULT, "unusable")
+    gpu.compile_ahead([(problem, "cpu, channels last") for problem in gpu.plan()], 300)
+    printed = capfd.readouterr().out
+    assert "compiled ahead 3 of 4" in printed
+    assert "unusable" in printed
 
 
 def test_a_backend_that_cannot_run_is_a_failure(
@@ -202,24 +215,160 @@ def test_a_backend_that_cannot_run_is_a_failure(
     assert report.failures == {"no such backend": "not registered"}
 
 
-def test_what_pytest_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine every GPU test is skipped: that is no pass."""
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], Any]:
+    """Runs a GPU suite of one file, beside this conftest.py; CUDA is there, and breaks where a test sets ``broken``."""
     import gpu
     import gpu_report
 
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_some.py").write_text(
-        "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('no GPU')\n"
-    )
-    (tmp_path / "tests" / "test_other.py").write_text("import what_is_not_there\n")
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    stand_in = """
+broken = False
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize = synchronize
+"""
+    (tests / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + stand_in)
+    (tests / "test_other.py").write_text("import what_is_not_there\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\npythonpath = tests\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    result = gpu_report.run_tests(120, tmp_path / "log")
+    monkeypatch.setattr(gpu, "code", lambda: "this code")
+
+    def run(source: str, seconds: float = 120) -> Any:
+        (tests / "test_some.py").write_text(
+            f"import os, pytest, time, conftest\npytestmark = pytest.mark.gpu\n{source}"
+        )
+        return gpu_report.run_tests(seconds, tmp_path / "log.log")
+
+    return run
+
+
+def test_what_pytest_said_is_kept(suite: Callable[..., Any], tmp_path: Path) -> None:
+    """On a machine where every GPU test is skipped: that is no pass."""
+    result, wrong = suite("def test_a():\n    pytest.skip('no GPU')\n")
+    assert result == {"passed": "no", "summary": "1 skipped, exit code 0"}
+    assert wrong == {}
+    result, wrong = suite("def test_a(): pass\n")
+    assert result == {"passed": "yes", "summary": "1 passed"}
+    assert wrong == {}
+    assert "1 passed" in (tmp_path / "log.log").read_text()
+
+
+def test_a_test_that_breaks_cuda_fails_alone(suite: Callable[..., Any]) -> None:
+    pytest.importorskip("xdist")
+    source = """
+@pytest.mark.parametrize("k", range(60))
+def test_k(k):
+    conftest.synchronize()
+    conftest.broken |= k == 5
+    time.sleep(0.02)
+"""
+    result, wrong = suite(source)
     assert result["passed"] == "no"
-    assert "1 skipped" in result["summary"]
-    (tmp_path / "tests" / "test_some.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_a(): pass\n")
-    result = gpu_report.run_tests(120, tmp_path / "log")
-    assert result["passed"] == "yes"
-    assert "1 passed" in (tmp_path / "log").read_text()
+    assert result["summary"] == "1 failed, 59 passed, exit code 1"
+    ((test, why),) = wrong.items()
+    assert test.endswith("test_some.py::test_k[5]")
+    assert "CUDA error" in why or "crashed" in why
+
+
+def test_what_has_passed_is_not_run_again(
+    suite: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    source = """
+@pytest.mark.parametrize("k", range(4))
+def test_k(k):
+    assert k != 1, "one is bad"
+    time.sleep(0 if k != 3 else {})
+"""
+    result, wrong = suite(source.format(600), 25)
+    assert result["passed"] == "no"
+    assert result["summary"] == "1 failed, 2 passed, 1 started, not done within 25 s"
+    assert wrong.keys() == {f"tests/test_some.py::test_k[{k}]" for k in (1, 3)}
+    assert "one is bad" in wrong["tests/test_some.py::test_k[1]"]
+    assert wrong["tests/test_some.py::test_k[3]"] == "began and did not end"
+
+    result, wrong = suite(source.format(0).replace("!= 1", "!= 2"))  # what passed is left alone: 2 would fail now
+    assert result == {"passed": "yes", "summary": "4 passed"}
+    monkeypatch.setattr(gpu, "code", lambda: "other code")
+    result, wrong = suite(source.format(0).replace("!= 1", "!= 2"))
+    assert result["summary"] == "1 failed, 3 passed, exit code 1"
+
+
+def test_what_the_sanitizer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    import gpu_report
+
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: name)
+    for code, said, expected, clean in [
+        (0, "========= ERROR SUMMARY: 0 errors", "ERROR SUMMARY: 0 errors", True),
+        (9, "RACECHECK SUMMARY: 1 hazards displayed (1 error, 0 warnings)", "RACECHECK SUMMARY: 1 hazards", False),
+        (1, "ImportError\nERROR SUMMARY: 0 errors", "exit code 1: ImportError", False),
+        (None, "", "not done within 5 s", False),
+    ]:
+        monkeypatch.setattr(gpu, "run_program", lambda *_, result=(code, said): result)
+        result = gpu_report.run_sanitizer("memcheck", "cuda", 5)
+        assert result.startswith(expected)
+        assert gpu_report.clean(result) == clean
+
+
+def test_a_finding_of_the_sanitizer_is_a_failure(
+    run_report: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+    import gpu_report
+
+    monkeypatch.setattr(gpu_report, "run_sanitizer", lambda *_: "ERROR SUMMARY: 3 errors")
+    monkeypatch.setattr(gpu, "plan", list)
+    code, report = run_report("--minutes", "10")
+    assert code == 1
+    assert report.sanitizer == {"memcheck, cpu": "ERROR SUMMARY: 3 errors", "racecheck, cpu": "ERROR SUMMARY: 3 errors"}
+    assert report.failures == {}
+
+
+def test_tuning_goes_on_after_a_crash(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    import gpu_stand_in
+    import gpu_tune
+
+    monkeypatch.setenv(gpu_stand_in.FAULT, "dies")
+    monkeypatch.setattr(gpu_tune, "CUDA_TILES", {"chosen": 0})
+    monkeypatch.setattr(sys, "argv", ["gpu_tune.py", "--results", str(stub)])
+    assert gpu_tune.main() == 1
+    facts = json.loads((stub / "tuning-stand-in-1.json").read_text())
+    bad = gpu_stand_in.FAULTY[0]
+    assert facts["failed"] == {f"{bad}, cpu": "chosen: the process died, exit code 1"}
+    assert {row["problem"]: row["times"]["chosen"] for row in facts["cuda"]} == {
+        str(problem): None if str(problem) == bad else 1.0 for problem in gpu.plan()
+    }
+    assert "the process died" in (stub / "tuning-stand-in-1.md").read_text()
+    monkeypatch.setattr(gpu.Child, "call", lambda *_: pytest.fail("measured a second time"))
+    assert gpu_tune.main() == 1
+
+
+def test_a_profile_goes_on_after_a_crash(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    import gpu_profile
+    import gpu_stand_in
+
+    monkeypatch.setenv(gpu_stand_in.FAULT, "dies")
+    monkeypatch.setattr(gpu_profile, "ncu", lambda problem, name: "what ncu says")
+    options = ["--results", str(stub), "--shapes", "small"]
+    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", *options, "--minutes", "0"])
+    assert gpu_profile.main() == 1
+    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", *options])
+    assert gpu_profile.main() == 1
+    text = (stub / "profile-stand-in-1.md").read_text()
+    assert text.count("A call 1.000 ms") == len(gpu.plan()) - 1
+    assert text.count("Failed: the process died") == 1
+    monkeypatch.setattr(gpu.Child, "call", lambda *_: pytest.fail("measured a second time"))
+    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", *options, "--ncu"])
+    assert gpu_profile.main() == 1
+    assert (stub / "profile-stand-in-1.md").read_text().count("what ncu says") == len(gpu.plan())
 
 
 def test_tuning_table(tmp_path: Path) -> None:
@@ -237,6 +386,7 @@ def test_tuning_table(tmp_path: Path) -> None:
     facts = {
         "machine": {"device": "d"},
         "done": [],
+        "failed": {},
         "triton": rows,
         "cuda": [{"problem": "q", "times": {"chosen": 1.0, "small": None}}],
     }

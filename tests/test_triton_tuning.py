@@ -75,11 +75,45 @@ def test_rows_of_the_tuning_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "prepare", lambda problem, name: choose)
     problem = gpu.plan()[0]
-    (row,) = gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    (row,), wrong = gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem))
+    assert wrong == ""
     assert row["problem"] == str(problem)
     assert row["kernel"] == tuning.FORWARD
     assert row["rows"] == 576 * 32
     assert row["chosen"] in row["times"]
     assert min(row["times"], key=lambda name: row["times"][name]) == gpu_tune.tile_name(TILES[2])
-    assert gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem)) == []  # known already
+    assert gpu_tune.triton_rows(problem, gpu_tune.triton_names(problem)) == ([], "")  # known already
     assert not tuning.enabled()
+
+
+def test_a_tile_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is out of the question, the others are measured; one that leaves CUDA unusable ends it, and is known."""
+    monkeypatch.undo()
+    monkeypatch.setattr(tuning, "capability", lambda device: 90)
+    monkeypatch.setattr(tuning, "_timings", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def do_bench(launch: Callable[[], Tile], **_: object) -> float:
+        tile = launch()
+        if tile == TILES[1]:
+            raise ValueError("ptxas fatal")
+        return float(tile.bm)
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    autotune(True)
+    with pytest.warns(UserWarning, match="a tile fails: ptxas fatal"):
+        assert choose() == min(TILES, key=lambda tile: tile.bm)
+    (times,) = tuning.timings().values()
+    assert times == {tile: float("inf") if tile == TILES[1] else tile.bm for tile in TILES}
+
+    def unusable() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", unusable)
+    tuning._timings.clear()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        choose()
+    (times,) = tuning.timings().values()
+    assert times == {TILES[0]: TILES[0].bm, TILES[1]: float("inf")}

@@ -8,6 +8,7 @@ process, and the fastest tile is kept; a captured CUDA graph is never interrupte
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def measured() -> dict[tuple[object, ...], Tile]:
 
 def timings() -> dict[tuple[Any, ...], dict[Tile, float]]:
     """What autotuning has measured so far: the same keys -> milliseconds of a launch with each tile, infinite where it
-    does not fit the device."""
+    does not compile or does not fit the device."""
     return dict(_timings)
 
 
@@ -164,16 +165,23 @@ def choose(
     if key not in _timings:
         if torch.cuda.is_current_stream_capturing():
             return default(kind, images, rows, channels, groups, options, multiprocessors(device))
-        _timings[key] = {tile: _time(run(tile)) for tile in options}
-    return min(options, key=lambda tile: _timings[key][tile])
+        times = _timings[key] = {}
+        for tile in options:
+            times[tile] = float("inf")  # it stays so if this tile leaves CUDA unusable
+            times[tile] = _time(run(tile))
+    return min(_timings[key], key=lambda tile: _timings[key][tile])
 
 
 def _time(launch: Callable[[], object]) -> float:
-    """Milliseconds of one launch; infinite if the tile does not fit the device."""
+    """Milliseconds of one launch; infinite if the tile does not compile or does not fit the device."""
     import triton
     from triton.runtime.errors import OutOfResources
 
     try:
         return float(triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median"))
     except OutOfResources:
+        return float("inf")
+    except Exception as error:  # of the compiler, say: the other tiles may do
+        torch.cuda.synchronize()  # raises if nothing runs any more
+        warnings.warn(f"a tile fails: {error}", stacklevel=2)
         return float("inf")
