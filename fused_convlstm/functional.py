@@ -6,12 +6,15 @@ Bad arguments raise a ValueError that names the argument, what was expected and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .backends import registry
@@ -201,10 +204,15 @@ def pooled_gate_conv_lstm2d_cell(
 
 def pair(value: Size, name: str, minimum: int = 1) -> tuple[int, int]:
     """An int or a pair of ints as a pair."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
+    values = tuple(value) if isinstance(value, Iterable) else (value, value)
+    if len(values) != 2 or not all(is_int(v, minimum) for v in values):
         raise ValueError(f"{name}: expected an int or two ints, at least {minimum}, got {value!r}")
-    return values[0], values[1]
+    return int(values[0]), int(values[1])
+
+
+def is_int(value: object, minimum: int) -> bool:
+    """Whether ``value`` is an integer, of NumPy too, and at least ``minimum``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def resolve_padding(
@@ -217,7 +225,7 @@ def resolve_padding(
         if padding == "valid":
             return 0, 0, 0, 0
         raise ValueError(f"padding: expected 'same', 'valid' or numbers, got {padding!r}")
-    sides: tuple[Any, ...] = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    sides: tuple[Any, ...] = tuple(padding) if isinstance(padding, Iterable) else (padding, padding)
     if len(sides) != 2:
         raise ValueError(f"padding: expected a number, two numbers or two pairs of numbers, got {padding!r}")
     top, bottom = pair(sides[0], "padding", 0)
@@ -245,6 +253,8 @@ def make_options(
     weight, name = kernel
     if weight.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(weight.shape)}")
+    if not is_int(groups, 1):
+        raise ValueError(f"groups: expected an int of at least 1, got {groups!r}")
     check_choice(padding_mode, "padding_mode", PADDING_MODES)
     check_choice(gate_activation, "gate_activation", tuple(reference.GATE_ACTIVATIONS))
     dilation = pair(dilation, "dilation")
@@ -253,7 +263,7 @@ def make_options(
         padding=resolve_padding(padding, (weight.size(2), weight.size(3)), dilation),
         dilation=dilation,
         recurrent_dilation=dilation if recurrent_dilation is None else pair(recurrent_dilation, "recurrent_dilation"),
-        groups=groups,
+        groups=int(groups),
         padding_mode=padding_mode,
         gate_activation=gate_activation,
         reverse=reverse,
@@ -276,13 +286,15 @@ def make_step_flags(
             )
         flags = reset.to(input.device, torch.uint8) * FLAG_RESET
     if lengths is not None:
-        lengths = torch.as_tensor(lengths)
+        if not isinstance(lengths, Tensor):
+            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64, device="cpu")
         if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch,):
             raise ValueError(
                 f"lengths: expected {batch} integers, one a sample, got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
-        # On a GPU, looking at the values would stop the stream.
-        if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and batch > 0:
+        # On a GPU, looking at the values would stop the stream; a fake tensor has none.
+        known = lengths.device.type == "cpu" and not isinstance(lengths, FakeTensor)
+        if not torch.compiler.is_compiling() and known and batch > 0:
             low, high = int(lengths.min()), int(lengths.max())
             if low < 0 or high > steps:
                 raise ValueError(f"lengths: expected values from 0 to T = {steps}, got {low} to {high}")
@@ -307,7 +319,7 @@ def conv_lstm2d_sequence(
     """:func:`conv_lstm2d` with its options checked and its step flags made."""
     in_channels, groups = input.size(2), options.groups
     channels = weight_ih.size(0) // 4
-    if groups < 1 or in_channels % groups or channels % groups:
+    if in_channels % groups or channels % groups:
         raise ValueError(
             f"groups: expected a divisor of the input channels ({in_channels}) and the hidden channels ({channels}), "
             f"got {groups}"
@@ -353,7 +365,7 @@ def pooled_gate_conv_lstm2d_sequence(
 ) -> tuple[Tensor, State]:
     """:func:`pooled_gate_conv_lstm2d` with its options checked and its step flags made."""
     (gate_weight_ih, gate_weight_hh, gate_bias, depthwise_ih, depthwise_hh, pointwise_ih, pointwise_hh, bias) = weights
-    in_channels, channels = input.size(2), pointwise_ih.size(0)
+    in_channels, channels = input.size(2), pointwise_hh.size(0) if pointwise_hh.dim() else 0
     _check_shape(pointwise_ih, "pointwise_ih", (channels, in_channels))
     _check_shape(pointwise_hh, "pointwise_hh", (channels, channels))
     _check_shape(gate_weight_ih, "gate_weight_ih", (3 * channels, in_channels))
@@ -416,6 +428,7 @@ def _run(
         peephole=peephole,
         step_flags=step_flags is not None,
         save=SAVE_NOTHING if not needs_grad else SAVE_CELLS if recompute_gates else SAVE_GATES,
+        transformed=not torch.compiler.is_compiling() and _transformed((input, h_0, c_0, *weights)),
     )
     chosen = registry.choose(call, backend)
     if chosen == registry.REFERENCE:
@@ -429,6 +442,16 @@ def _run(
     operator = getattr(ops, cell)
     results = operator(input, h_0, c_0, *weights, step_flags, *flatten_options(options), call.save, chosen)
     return results[0], (results[1], results[2])
+
+
+def _transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the operators' own backward is not enough. Batches of torch.vmap are served, one sample after another."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    if any(interpreter.key() != torch._C._functorch.TransformType.Vmap for interpreter in interpreters):
+        return True
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 # Asked once: torch.compile before 2.13 cannot trace the question.
@@ -477,6 +500,11 @@ def _checked_state_size(
         raise ValueError(f"input: expected a floating-point type, got {input.dtype}")
     if input.size(0) < 1:
         raise ValueError(f"input: expected at least one step, got shape {tuple(input.shape)}")
+    if 0 in input.shape[2:]:
+        raise ValueError(f"input: expected frames with channels and pixels, got shape {tuple(input.shape)}")
+    for name, weight in (("input", kernel), ("recurrent", recurrent_kernel)):
+        if 0 in weight.shape:
+            raise ValueError(f"{name} convolution's weight: expected no size of 0, got {tuple(weight.shape)}")
     input_size = (input.size(3), input.size(4))
     kernel_size = (kernel.size(2), kernel.size(3))
     size = conv_output_size(input_size, kernel_size, options.stride, options.padding, options.dilation)
@@ -505,6 +533,9 @@ def checked_state(
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise ValueError(f"hx: expected a pair (h_0, c_0), got {type(hx).__name__}")
     h_0, c_0 = hx
+    for name, state in (("h_0", h_0), ("c_0", c_0)):
+        if not isinstance(state, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(state).__name__}")
     shape = (input.size(1), channels, *size)
     _check_shape(h_0, "h_0", shape)
     _check_shape(c_0, "c_0", shape)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import Case, case_id, in_layout, make_tensors
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fused_convlstm import ConvLSTM2d, PooledGateConvLSTM2d, ops, use_backend
+from fused_convlstm import BackendError, ConvLSTM2d, PooledGateConvLSTM2d, explain, ops, use_backend
 from fused_convlstm import functional as FC
 from fused_convlstm.backends.call import SAVE_CELLS, SAVE_GATES, SAVE_NOTHING
 from fused_convlstm.ops._sequence import flatten_options
@@ -88,6 +89,61 @@ def test_compile_fullgraph(layer: Any, backend: str) -> None:
     torch.testing.assert_close(h_compiled, h_n)
     for parameter, grad in zip(lstm.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_where_none_were_wanted_at_first(layer: Any) -> None:
+    """What a forward pass keeps was decided under no_grad, or for frozen weights."""
+    lstm = layer(3, 5, 3, backend="cpu")
+    x = torch.randn(3, 2, 3, 8, 7)
+    lstm(x)[0].square().sum().backward()
+    with torch.no_grad():
+        program = torch.export.export(lstm, (x,)).module()
+    program(x)[0].square().sum().backward()
+    for name, parameter in program.named_parameters():
+        torch.testing.assert_close(parameter.grad, lstm.get_parameter(name).grad)
+
+    lstm.requires_grad_(False)
+    batch = torch.randn(4, 3, 2, 3, 8, 7, requires_grad=True)
+    (expected,) = torch.autograd.grad(sum(lstm(one)[0].square().sum() for one in batch), batch)
+    (actual,) = torch.autograd.grad(torch.vmap(lambda one: lstm(one)[0])(batch).square().sum(), batch)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_saved_tensors_with_other_strides(layer: Any) -> None:
+    lstm = layer(3, 5, 3, backend="cpu")
+    x = torch.randn(3, 2, 3, 8, 7)
+    grads = []
+    for unpack in (lambda tensor: tensor, lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            grads.append(torch.autograd.grad(lstm(x)[0].square().sum(), list(lstm.parameters())))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_transforms_of_torch_func(layer: Any) -> None:
+    """The reference serves them; a backend asked for by name says that it cannot."""
+    lstm = layer(2, 3, 3, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    with torch.no_grad():
+        step = 1e-6
+        expected = (lstm(x + step * tangent)[0] - lstm(x - step * tangent)[0]) / (2 * step)
+    _, actual = torch.func.jvp(lambda y: lstm(y)[0], (x,), (tangent,))
+    torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-5)
+    lstm.requires_grad_(False)
+    with forward_ad.dual_level():
+        actual = forward_ad.unpack_dual(lstm(forward_ad.make_dual(x, tangent))[0]).tangent
+    torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-5)
+
+    gradient = torch.func.grad(lambda y: lstm(y)[0].square().sum())
+    y = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient(x), torch.autograd.grad(lstm(y)[0].square().sum(), y)[0])
+    assert set(explain(gradient, x).backends) == {"reference"}
+    lstm.backend = "cpu"
+    with pytest.raises(BackendError, match=r"cannot serve .*torch.func.grad, vjp and jvp"):
+        gradient(x)
 
 
 def test_compile_as_the_first_use_in_a_process(tmp_path: Path) -> None:

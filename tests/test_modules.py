@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fused_convlstm import (
     BackendError,
@@ -22,6 +22,7 @@ from fused_convlstm import (
     use_backend,
 )
 from fused_convlstm.backends.registry import requested_backend
+from fused_convlstm.backends.settings import Settings
 
 LAYERS = [ConvLSTM2d, PooledGateConvLSTM2d]
 CELLS = [(ConvLSTM2d, ConvLSTM2dCell), (PooledGateConvLSTM2d, PooledGateConvLSTM2dCell)]
@@ -184,6 +185,17 @@ def test_packed_sequence(layer: Any, clips: Tensor, lengths: list[int]) -> None:
     equal(unpacked, expected[: max(lengths)])
     for actual, wanted in zip(state, state_expected, strict=True):
         equal(actual, wanted)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_packed_sequence_keeps_its_order_among_equal_lengths(layer: Any) -> None:
+    lstm = layer(3, 5, 3)
+    frames = torch.randn(3, 2, 3, 6, 5)
+    order = torch.tensor([1, 0])
+    packed = PackedSequence(frames[:, order].flatten(0, 1), torch.tensor([2, 2, 2]), order, order)
+    output = lstm(packed)[0]
+    assert torch.equal(output.sorted_indices, order)
+    equal(output.data, lstm(frames)[0][:, order].flatten(0, 1))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -362,12 +374,30 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, clips: Tensor) -> No
             lstm(clips.half())
     with pytest.raises(ValueError, match="unknown backend 'gpu'; choose one of 'auto'"):
         ConvLSTM2d(3, 5, 3, backend="gpu")
-    monkeypatch.setattr("fused_convlstm.backends.registry._requested", None)
+    monkeypatch.setattr("fused_convlstm.backends.registry._requested", Settings())
     monkeypatch.setenv("FUSED_CONVLSTM_BACKEND", "reference")
     assert explain(ConvLSTM2d(3, 5, 3), clips).backends == ("reference",)
     monkeypatch.setenv("FUSED_CONVLSTM_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FUSED_CONVLSTM_BACKEND"):
         ConvLSTM2d(3, 5, 3)(clips)
+
+
+def test_blocks_that_overlap() -> None:
+    """As those of two threads do, or of two generators."""
+    outside, first, second = requested_backend(None), use_backend("cpu"), use_backend("triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert requested_backend(None) == "triton"
+    second.__exit__(None, None, None)
+    assert requested_backend(None) == outside
+
+
+def test_explain_within_explain(clips: Tensor) -> None:
+    lstm = ConvLSTM2d(3, 5, 3)
+    outer = explain(lambda: (explain(lstm, clips), lstm(clips)))
+    assert len(outer.choices) == 2
+    assert len(explain(lstm, clips).choices) == 1
 
 
 def test_attributes_of_a_convolution() -> None:

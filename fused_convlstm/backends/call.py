@@ -54,6 +54,7 @@ class Call:
     peephole: str = "none"  # "none", "channel" or "pixel"
     step_flags: bool = False
     save: str = SAVE_NOTHING
+    transformed: bool = False  # within torch.func.grad, vjp or jvp, or with tangents of torch.autograd.forward_ad
 
 
 def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:

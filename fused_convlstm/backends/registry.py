@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 
 from .base import Backend
 from .call import Call
+from .settings import Settings
 
 AUTO = "auto"
 REFERENCE = "reference"
 ENVIRONMENT_VARIABLE = "FUSED_CONVLSTM_BACKEND"
 
+_TRANSFORMED = "torch.func.grad, vjp and jvp, and forward-mode derivatives: the reference serves them"
+
 _backends: dict[str, Backend] = {}  # in order of preference; the reference is no kernel and not among them
-_requested: str | None = None  # by use_backend
-_recorders: list[list[Choice | str]] = []
+_requested: Settings[str] = Settings()  # by use_backend
+_recorders: list[_Recorder] = []
 
 
 class BackendError(RuntimeError):
@@ -31,6 +34,11 @@ class Choice:
     backend: str
     requested: str
     passed_over: dict[str, str] = field(default_factory=dict)  # backend -> reason
+
+
+@dataclass(eq=False)  # found again by identity, whatever it holds
+class _Recorder:
+    record: list[Choice | str] = field(default_factory=list)
 
 
 def register(backend: Backend) -> None:
@@ -54,30 +62,26 @@ def check_name(name: str, where: str) -> None:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls without a ``backend`` argument use this one. Holds for the whole process."""
-    global _requested
     check_name(name, "use_backend")
-    before, _requested = _requested, name
-    try:
+    with _requested.set(name):
         yield
-    finally:
-        _requested = before
 
 
 @contextmanager
 def record_choices() -> Iterator[list[Choice | str]]:
-    """Collects every choice made and every note taken within the block."""
-    record: list[Choice | str] = []
-    _recorders.append(record)
+    """Collects every choice made and every note taken within the block, by any thread."""
+    recorder = _Recorder()
+    _recorders.append(recorder)
     try:
-        yield record
+        yield recorder.record
     finally:
-        _recorders.remove(record)
+        _recorders.remove(recorder)
 
 
 def note(text: str) -> None:
     """Lets ``explain`` say what ran outside the operators."""
-    for record in _recorders:
-        record.append(text)
+    for recorder in _recorders:
+        recorder.record.append(text)
 
 
 def requested_backend(argument: str | None) -> str:
@@ -85,15 +89,16 @@ def requested_backend(argument: str | None) -> str:
     if argument is not None:
         check_name(argument, "backend")
         return argument
-    if _requested is not None:
-        return _requested
+    requested = _requested.current()
+    if requested is not None:
+        return requested
     name = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
     check_name(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     return name
 
 
 def cannot_serve(backend: Backend, call: Call) -> str | None:
-    return backend.unavailable() or backend.refuse(call)
+    return backend.unavailable() or (_TRANSFORMED if call.transformed else backend.refuse(call))
 
 
 def choose(call: Call, argument: str | None) -> str:
@@ -113,6 +118,6 @@ def choose(call: Call, argument: str | None) -> str:
         if reason is not None:
             raise BackendError(f"backend {requested!r} cannot serve this {call.cell} call: {reason}")
         chosen = requested
-    for record in _recorders:
-        record.append(Choice(call, chosen, requested, passed_over))
+    for recorder in _recorders:
+        recorder.record.append(Choice(call, chosen, requested, passed_over))
     return chosen

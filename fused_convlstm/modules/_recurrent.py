@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,17 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ..backends import registry
 from ..backends.call import ConvLSTMOptions, conv_output_size
-from ..functional import PADDING_MODES, Padding, Size, State, check_choice, make_step_flags, pair, resolve_padding
+from ..functional import (
+    PADDING_MODES,
+    Padding,
+    Size,
+    State,
+    check_choice,
+    is_int,
+    make_step_flags,
+    pair,
+    resolve_padding,
+)
 from ..reference import GATE_ACTIVATIONS
 
 MERGE_MODES = ("concat", "sum", "mean", "product")
@@ -48,7 +58,7 @@ class ConvolutionArguments:
             self.dilation if recurrent_dilation is None else pair(recurrent_dilation, "recurrent_dilation")
         )
         self.padding = resolve_padding(padding, self.kernel_size, self.dilation)
-        self.groups = groups
+        self.groups = checked_int(groups, "groups")
         self.padding_mode = padding_mode
         self.gate_activation = gate_activation
 
@@ -84,6 +94,12 @@ class ConvolutionArguments:
         return text
 
 
+def checked_int(value: Any, name: str) -> int:
+    if not is_int(value, 1):
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    return int(value)
+
+
 class RecurrentConv2d(nn.Module, ABC):
     """Stacked, possibly bidirectional recurrent convolutions with the calling habits of ``nn.LSTM``."""
 
@@ -102,12 +118,11 @@ class RecurrentConv2d(nn.Module, ABC):
         backend: str | None,
     ) -> None:
         super().__init__()
-        if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f"in_channels: expected an int of at least 1, got {in_channels!r}")
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers: expected an int of at least 1, got {num_layers!r}")
-        channels = (hidden_channels,) * num_layers if isinstance(hidden_channels, int) else tuple(hidden_channels)
-        if len(channels) != num_layers or not all(isinstance(c, int) and c >= 1 for c in channels):
+        in_channels = checked_int(in_channels, "in_channels")
+        num_layers = checked_int(num_layers, "num_layers")
+        channels: tuple[Any, ...]
+        channels = tuple(hidden_channels) if isinstance(hidden_channels, Iterable) else (hidden_channels,) * num_layers
+        if len(channels) != num_layers or not all(is_int(c, 1) for c in channels):
             raise ValueError(
                 f"hidden_channels: expected an int of at least 1, or one for each of {num_layers} layers, "
                 f"got {hidden_channels!r}"
@@ -118,7 +133,7 @@ class RecurrentConv2d(nn.Module, ABC):
         if backend is not None:
             registry.check_name(backend, "backend")
         self.in_channels = in_channels
-        self.hidden_channels = channels
+        self.hidden_channels = tuple(map(int, channels))
         self.num_layers = num_layers
         self.convolution = convolution
         self.bias = bias
@@ -220,9 +235,11 @@ class RecurrentConv2d(nn.Module, ABC):
         if input.dim() not in (4, 5):
             raise ValueError(f"input: expected 5 dimensions, or 4 without a batch, got shape {tuple(input.shape)}")
         batched = input.dim() == 5
+        check_reset(reset, 2 if batched else 1)
         if not batched:
             input = input.unsqueeze(1)
             reset = None if reset is None else reset.unsqueeze(-1)
+            check_pair(hx)
             hx = None if hx is None else (_map(hx[0], _unsqueeze), _map(hx[1], _unsqueeze))
         elif self.batch_first:
             input = input.transpose(0, 1)
@@ -247,12 +264,17 @@ class RecurrentConv2d(nn.Module, ABC):
                 f"input: expected a PackedSequence of (Cin, H, W) frames, got data of shape {tuple(packed.data.shape)}"
             )
         input, own_lengths = pad_packed_sequence(packed)
+        check_reset(reset, 2)
         if self.batch_first and reset is not None:
             reset = reset.transpose(0, 1)
         flags = make_step_flags(input, own_lengths, reset)
         output, h_n, c_n = self._forward_layers(input, hx, flags, layer_arguments)
-        in_order = packed.sorted_indices is None
-        return pack_padded_sequence(output, own_lengths, enforce_sorted=in_order), (h_n, c_n)
+        # Samples of equal length stay in the order in which they are packed.
+        order = packed.sorted_indices
+        if order is not None:
+            output, own_lengths = output.index_select(1, order), own_lengths.index_select(0, order.cpu())
+        data = pack_padded_sequence(output, own_lengths).data
+        return PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices), (h_n, c_n)
 
     def _forward_layers(
         self, input: Tensor, hx: tuple[Any, Any] | None, step_flags: Tensor | None, layer_arguments: dict[str, Any]
@@ -288,8 +310,7 @@ class RecurrentConv2d(nn.Module, ABC):
     def _unpack_states(self, hx: tuple[Any, Any] | None, count: int) -> list[State | None]:
         if hx is None:
             return [None] * count
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            raise ValueError(f"hx: expected a pair (h_0, c_0), got {type(hx).__name__}")
+        check_pair(hx)
         for name, value in (("h_0", hx[0]), ("c_0", hx[1])):
             if len(value) != count:
                 raise ValueError(f"{name}: expected {count} states (num_layers * directions), got {len(value)}")
@@ -318,6 +339,23 @@ def sequence_dropout(input: Tensor, p: float, training: bool = True) -> Tensor:
     if not training or p == 0.0:
         return input
     return input * torch.nn.functional.dropout(torch.ones_like(input[:1]), p)
+
+
+def check_reset(reset: Any, dimensions: int) -> None:
+    if reset is not None and (not isinstance(reset, Tensor) or reset.dim() != dimensions):
+        got = f"shape {tuple(reset.shape)}" if isinstance(reset, Tensor) else type(reset).__name__
+        raise ValueError(f"reset: expected a boolean tensor with {dimensions} dimensions, got {got}")
+
+
+def check_pair(hx: Any) -> None:
+    """A pair of states, each one tensor or a sequence of tensors."""
+    if hx is None:
+        return
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise ValueError(f"hx: expected a pair (h_0, c_0), got {type(hx).__name__}")
+    for name, value in (("h_0", hx[0]), ("c_0", hx[1])):
+        if not isinstance(value, (Tensor, tuple, list)) or (isinstance(value, Tensor) and value.dim() == 0):
+            raise ValueError(f"{name}: expected a tensor or a tuple of tensors, got {value!r}")
 
 
 def _pack_states(states: list[Tensor]) -> States:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..backends.call import ConvLSTMOptions
 from ..functional import Padding, Size, State, check_choice, conv_lstm2d_sequence, pair
-from ._recurrent import ConvolutionArguments, RecurrentConv2d
+from ._recurrent import ConvolutionArguments, RecurrentConv2d, check_pair, checked_int
 from .initialization import forget_gate_bias_, glorot_per_gate_, orthogonal_per_gate_
 
 PEEPHOLES = ("none", "channel", "pixel")
@@ -28,7 +28,7 @@ def _make_parameters(
 ) -> dict[str, nn.Parameter | None]:
     """The parameters of one layer and direction, initialised."""
     groups = convolution.groups
-    if not isinstance(groups, int) or groups < 1 or in_channels % groups or channels % groups:
+    if in_channels % groups or channels % groups:
         raise ValueError(
             f"groups: expected a divisor of the input channels ({in_channels}) and the hidden channels ({channels}), "
             f"got {groups!r}"
@@ -65,7 +65,17 @@ def _first_state_size(
             "image_size: expected the height and width of the input with peephole='pixel' and only then, "
             f"got {image_size!r} with peephole={peephole!r}"
         )
-    return None if image_size is None else convolution.state_size(pair(image_size, "image_size"))
+    return None if image_size is None else _state_size(convolution, pair(image_size, "image_size"))
+
+
+def _state_size(convolution: ConvolutionArguments, input_size: tuple[int, int]) -> tuple[int, int]:
+    size = convolution.state_size(input_size)
+    if min(size) < 1:
+        raise ValueError(
+            f"image_size: expected one whose frames are no smaller than the kernel {convolution.kernel_size} in every "
+            f"layer, got frames of {input_size}"
+        )
+    return size
 
 
 class ConvLSTM2d(RecurrentConv2d):
@@ -160,13 +170,14 @@ class ConvLSTM2d(RecurrentConv2d):
         self.image_size = None if image_size is None else pair(image_size, "image_size")
         factory = {"device": device, "dtype": dtype}
         for layer, channels in enumerate(self.hidden_channels):
+            if layer > 0 and state_size is not None:
+                state_size = _state_size(convolution, state_size)
             for direction in ("", "_reverse") if bidirectional else ("",):
                 parameters = _make_parameters(
                     self._layer_in_channels(layer), channels, convolution, bias, peephole, state_size, factory
                 )
                 for name, parameter in parameters.items():
                     self.register_parameter(f"{name}_l{layer}{direction}", parameter)
-            state_size = None if state_size is None else convolution.state_size(state_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -224,8 +235,8 @@ class ConvLSTM2dCell(nn.Module):
         super().__init__()
         if backend is not None:
             registry.check_name(backend, "backend")
-        self.in_channels = in_channels
-        self.hidden_channels = hidden_channels
+        self.in_channels = in_channels = checked_int(in_channels, "in_channels")
+        self.hidden_channels = hidden_channels = checked_int(hidden_channels, "hidden_channels")
         self.convolution = ConvolutionArguments(
             kernel_size, recurrent_kernel_size, stride, padding, dilation, recurrent_dilation, groups, padding_mode,
             gate_activation,
@@ -256,6 +267,7 @@ class ConvLSTM2dCell(nn.Module):
             raise ValueError(f"input: expected 4 dimensions, or 3 without a batch, got shape {tuple(input.shape)}")
         batched = input.dim() == 4
         frames = input[None] if batched else input[None, None]
+        check_pair(hx)
         if not batched and hx is not None:
             hx = (hx[0][None], hx[1][None])
         _, (h, c) = conv_lstm2d_sequence(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..backends.call import ConvLSTMOptions
 from ..functional import POOLED_GATE_WEIGHTS, Padding, Size, State, pooled_gate_conv_lstm2d_sequence
-from ._recurrent import ConvolutionArguments, RecurrentConv2d
+from ._recurrent import ConvolutionArguments, RecurrentConv2d, check_pair, checked_int
 from .initialization import forget_gate_bias_, glorot_per_gate_, orthogonal_per_gate_
 
 
@@ -159,8 +159,8 @@ class PooledGateConvLSTM2dCell(nn.Module):
         super().__init__()
         if backend is not None:
             registry.check_name(backend, "backend")
-        self.in_channels = in_channels
-        self.hidden_channels = hidden_channels
+        self.in_channels = in_channels = checked_int(in_channels, "in_channels")
+        self.hidden_channels = hidden_channels = checked_int(hidden_channels, "hidden_channels")
         self.convolution = ConvolutionArguments(
             kernel_size, recurrent_kernel_size, stride, padding, dilation, recurrent_dilation, 1, padding_mode,
             gate_activation,
@@ -183,6 +183,7 @@ class PooledGateConvLSTM2dCell(nn.Module):
             raise ValueError(f"input: expected 4 dimensions, or 3 without a batch, got shape {tuple(input.shape)}")
         batched = input.dim() == 4
         frames = input[None] if batched else input[None, None]
+        check_pair(hx)
         if not batched and hx is not None:
             hx = (hx[0][None], hx[1][None])
         weights = [getattr(self, name) for name in POOLED_GATE_WEIGHTS]

@@ -18,6 +18,7 @@ from ..backends import registry
 from ..backends.call import FLAG_PAST_END, FLAG_RESET, ConvLSTMOptions
 from ..functional import Size, conv_lstm2d_sequence, make_step_flags, pair
 from ..reference_attention import SoftAttentionWeights
+from ._recurrent import check_reset
 from .attention import AttentionConv2d, Shapes
 from .conv_lstm2d import ConvLSTM2d
 from .initialization import forget_gate_bias_, glorot_per_gate_, orthogonal_per_gate_
@@ -292,6 +293,7 @@ class MotionAttentionConvLSTM2d(nn.Module):
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
             raise ValueError(f"hx: expected a pair (prediction state, motion state), got {type(hx).__name__}")
         prediction_state, motion_state = (None, None) if hx is None else hx
+        check_reset(reset, 2)
         if self.batch_first:
             input, motion = input.transpose(0, 1), motion.transpose(0, 1)
             reset = None if reset is None else reset.transpose(0, 1)

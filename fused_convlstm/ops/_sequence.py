@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import registry
-from ..backends.call import ConvLSTMOptions
+from ..backends.call import SAVE_GATES, SAVE_NOTHING, ConvLSTMOptions
 from .layout import empty_frames_like, empty_state_like
 
 _library = torch.library.Library("fused_convlstm", "DEF")
@@ -63,7 +63,10 @@ def define_sequence_operator(
     def backward(*args: Any) -> tuple[Tensor, ...]:
         *rest, needs, backend = args
         options = unflatten_options(rest[-_OPTION_COUNT:])
-        grads = getattr(registry.get(backend), f"{name}_backward")(*rest[:-_OPTION_COUNT], options, needs)
+        tensors = rest[:-_OPTION_COUNT]
+        # What hooks on saved tensors gave back may have other strides.
+        kept = [tensor.contiguous() for tensor in tensors[-saved:]]
+        grads = getattr(registry.get(backend), f"{name}_backward")(*tensors[:-saved], *kept, options, needs)
         # An operator cannot return None: absent gradients become empty tensors.
         return tuple(args[3].new_empty((0,)) if grad is None else grad for grad in grads)
 
@@ -77,16 +80,22 @@ def define_sequence_operator(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:count], output[0], *output[3:])
         ctx.options = inputs[count:options_end]
+        ctx.save = inputs[-2]
         ctx.backend = inputs[-1]
         ctx.set_materialize_grads(False)
 
     def autograd(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
+        *inputs, output = ctx.saved_tensors[: count + 1]
+        kept = ctx.saved_tensors[count + 1 :]
+        if ctx.save == SAVE_NOTHING:
+            # `save` was decided when no gradient was wanted: a program exported under no_grad, vmap over weights that
+            # are frozen.
+            output, _, _, *kept = forward_operator(*inputs, *ctx.options, SAVE_GATES, ctx.backend)
         given = [
             bool(need) and tensor is not None
             for need, tensor in zip(ctx.needs_input_grad[:differentiable], inputs[:differentiable], strict=True)
         ]
-        results = backward_operator(*grads[:3], *inputs, *ctx.options, given, ctx.backend)
+        results = backward_operator(*grads[:3], *inputs, output, *kept, *ctx.options, given, ctx.backend)
         absent = (None,) * (_OPTION_COUNT + 3)  # step_flags, options, save, backend
         return (*(grad if g else None for grad, g in zip(results, given, strict=True)), *absent)
 

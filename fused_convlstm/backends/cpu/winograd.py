@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..call import ConvLSTMOptions
+from ..settings import Settings
 
 NEVER, AUTO, ALWAYS = MODES = ("never", "auto", "always")
 TILES = (2, 4)
 ENVIRONMENT_VARIABLE = "FUSED_CONVLSTM_WINOGRAD"
 
-_setting: tuple[str, int] | None = None  # mode and tile, by use_winograd
+_setting: Settings[tuple[str, int]] = Settings()  # mode and tile, by use_winograd
 
 
 def _check(mode: str, where: str) -> str:
@@ -56,19 +57,16 @@ def use_winograd(mode: str = AUTO, tile: int = 2) -> Iterator[None]:
     Raises:
         ValueError: ``mode`` or ``tile`` is none of these.
     """
-    global _setting
     if tile not in TILES:
         raise ValueError(f"use_winograd: tile {tile!r}; choose one of {', '.join(map(str, TILES))}")
-    before, _setting = _setting, (_check(mode, "use_winograd"), tile)
-    try:
+    with _setting.set((_check(mode, "use_winograd"), tile)):
         yield
-    finally:
-        _setting = before
 
 
 def _current() -> tuple[str, int]:
-    if _setting is not None:
-        return _setting
+    setting = _setting.current()
+    if setting is not None:
+        return setting
     mode = os.environ.get(ENVIRONMENT_VARIABLE, NEVER)
     return _check(mode, f"environment variable {ENVIRONMENT_VARIABLE}"), 2
 
