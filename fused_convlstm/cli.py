@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -39,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status. Errors of use are one line on stderr and status 2."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, *_data_errors())
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, *_data_errors())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -169,7 +174,7 @@ def _prepare(options: argparse.Namespace) -> None:
         reader = data.Jester(options.root)
     elif options.layout == "grid-words":
         words = None if options.words is None else tuple(options.words)
-        reader = data.GRID(options.root, "word", words, options.frames or 29)
+        reader = data.GRID(options.root, "word", words, 29 if options.frames is None else options.frames)
     elif options.layout == "grid-sentences":
         reader = data.GRID(options.root, "sentence")
     else:
@@ -225,6 +230,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .data.files import locked
     from .models import model_names
     from .training import Processes, Trainer, load_recipe, recipe_names
     from .training.memory import keep_freed_memory
@@ -234,20 +240,27 @@ def _train(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise ValueError("expected RECIPE CACHE OUT (--list lists the recipes)")
-    settings = [f"data.cache={options.cache}", *options.set]
+    recipe = load_recipe(options.recipe, options.set)
+    recipe = replace(recipe, data=replace(recipe.data, cache=str(options.cache)))
     if options.init_from is not None:
-        settings.append(f"training.init_from={options.init_from}")
-    recipe = load_recipe(options.recipe, settings)
+        recipe = replace(recipe, training=replace(recipe.training, init_from=options.init_from))
     keep_freed_memory()
     processes = Processes.join(options.device)
-    try:
+    with ExitStack() as stack:
+        stack.callback(processes.leave)
+        problem = None
+        if processes.is_first:
+            try:
+                stack.enter_context(locked(options.out))
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := processes.gather(problem)[0]:  # the first process looks, and all of them raise
+            raise ValueError(problem)
         trainer = Trainer(recipe, options.out, processes, resume=options.resume, progress=not options.quiet)
         best = trainer.fit()
         if processes.is_first:
             scores = ", ".join(f"{k} {v:.4f}" for k, v in best.items() if k.startswith("validation_"))
             print(f"best epoch {best.get('epoch')}: {scores}\nreport: {options.out}")
-    finally:
-        processes.leave()
 
 
 # --- analysis ------------------------------------------------------------------------------------------------------
@@ -441,7 +454,9 @@ def _predict(options: argparse.Namespace) -> None:
     if not options.video.is_file():
         raise ValueError(f"no file {options.video}")
     reader = TrainedReader.load(options.model, _device(options.device))
-    fps = options.fps or reader.fps
+    if options.fps is not None and options.fps <= 0:
+        raise ValueError(f"--fps: expected more than 0, got {options.fps}")
+    fps = reader.fps if options.fps is None else options.fps
     crop = None if options.box is None else BoxCrop(*options.box)
     if options.stream:
         pictures, _ = read_video(options.video, fps, rgb=reader.rgb)

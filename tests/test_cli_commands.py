@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from fused_convlstm.analysis.sensitivity import _fraction
 from fused_convlstm.cli import main
 from fused_convlstm.data import WholeFrame, write_video
 from fused_convlstm.models import create_model, save_model
+from fused_convlstm.training import load_recipe
 
 RECIPE = """
 task: {task}
@@ -206,6 +211,8 @@ def test_generate_prepare_train(tmp_path, capsys):
         (["predict", "{words}", "{words.yaml}"], "cannot be decoded"),
         (["prepare", "lrw", "{nothing}", "cache"], "nothing"),
         (["prepare", "lrw", "{cache}", "cache", "--words", "digit"], "only with the layout grid-words"),
+        (["prepare", "grid-words", "{cache}", "cache", "--frames", "0"], "num_frames: expected 1 or more, got 0"),
+        (["predict", "{words}", "{words.yaml}", "--fps", "0"], "--fps: expected more than 0"),
         (["generate", "gestures", "--set", "gestures", "--camera", "0"], "only with the set actors"),
     ],
 )
@@ -217,6 +224,59 @@ def test_wrong_use(arguments, message, folder, tmp_path, capsys, monkeypatch):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(folder, tmp_path, capsys):
+    """One line and status 2, also where the system says no."""
+    (tmp_path / "file").write_text("mine")
+    recipe, cache, run = (str(folder / name) for name in ("words.yaml", "cache", "words"))
+    for out in ("file", "file/below"):
+        place = str(tmp_path / out)
+        for arguments in (
+            ["train", recipe, cache, place, "--device", "cpu", "--quiet"],
+            ["evaluate", run, "--out", place, "--one-crop", "--device", "cpu", "--quiet"],
+            ["sensitivity", run, "--out", place, "--periods", "1", "--device", "cpu", "--quiet"],
+            ["generate", place, "--set", "gestures", "--clips-per-word", "1", "--workers", "0"],
+            ["prepare", "lrw-npz", str(folder), place],
+        ):
+            assert main(arguments) == 2
+            error = capsys.readouterr().err.strip()
+            assert error.startswith(f"fused-convlstm {arguments[0]}: ")
+            assert len(error.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["2024", "my #1 cache"])
+def test_names_of_folders_are_text(name, folder, tmp_path, monkeypatch):
+    """Names that would be something else in YAML."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).symlink_to(folder / "cache")
+    model = f"{name}.safetensors"
+    (tmp_path / model).symlink_to(folder / "words" / "model.safetensors")
+    command = ["train", str(folder / "words.yaml"), name, "run", "--init-from", model, "--device", "cpu", "--quiet"]
+    assert main(command) == 0
+    recipe = load_recipe("run/recipe.yaml")
+    assert (recipe.data.cache, recipe.training.init_from) == (name, model)
+
+
+def test_one_run_at_a_time(folder, tmp_path, capsys):
+    script = (
+        "import sys; from pathlib import Path; from fused_convlstm.data.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = ["train", str(folder / "words.yaml"), str(folder / "cache"), str(tmp_path / "run"), "--resume", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])},
+    )  # fmt: skip
+    with process:
+        assert process.stdout.readline() == b"held\n"
+        assert main([*command, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error == f"fused-convlstm train: {tmp_path / 'run'}: another process is writing to this folder\n"
+        assert not (tmp_path / "run/recipe.yaml").exists()
+    assert main([*command, "--device", "cpu"]) == 0
+    assert not list((tmp_path / "run").glob("*.lock"))
 
 
 def test_a_damaged_model(folder, tmp_path, capsys):

@@ -17,6 +17,7 @@ import torch
 
 from fused_convlstm.data import (
     GRID,
+    LRS,
     LRW,
     BoxCrop,
     ClipDataset,
@@ -26,11 +27,13 @@ from fused_convlstm.data import (
     WholeFrame,
     WordFolders,
     load_frames,
+    optical_flow,
     prepare,
     procedural,
     read_video,
     write_video,
 )
+from fused_convlstm.data.files import complete_file, locked
 
 
 @pytest.fixture(scope="module")
@@ -392,3 +395,238 @@ def test_colour_cache(spoken, tmp_path):
     frames = ClipDataset(tmp_path, "val")[0].frames
     assert frames.shape == (29, 3, 64, 64)
     assert not torch.equal(frames[:, 0], frames[:, 2])
+
+
+def quick(reader, cache, **options):
+    """The whole pictures, in this process."""
+    return prepare(reader, cache, crop=WholeFrame(48, 64), workers=0, progress=False, **options)
+
+
+def write_sentence(path, *words):
+    path.write_text("Text: SOME WORDS\nWORD START END SCORE\n" + "".join(f"{word}\n" for word in words))
+
+
+def test_a_corrected_text_makes_its_clips_again(tmp_path):
+    """Times, words and part of a clip, of the recording that was corrected and of no other."""
+    for name in ("00001", "00002"):
+        grey_video(tmp_path / f"lrs/pretrain/p/{name}.mp4", count=40)
+        write_sentence(tmp_path / f"lrs/pretrain/p/{name}.txt", "HELLO 0.2 0.5 8", "WORLD 0.5 0.9 9")
+    assert quick(LRS(tmp_path / "lrs"), tmp_path / "cache").done == 2
+    before = contents(tmp_path / "cache")
+    write_sentence(tmp_path / "lrs/pretrain/p/00001.txt", "HELLO 0.4 0.6 8", "THERE 0.6 1.2 9")
+    assert quick(LRS(tmp_path / "lrs"), tmp_path / "cache").done == 2
+    changed, other = ClipDataset(tmp_path / "cache", "pretrain")
+    assert (changed.text, changed.words) == ("HELLO THERE", (("HELLO", 0, 5), ("THERE", 5, 20)))
+    assert len(changed.frames) == 20
+    assert [len(clip.frames) for clip in (changed, other)] == ClipDataset(tmp_path / "cache", "pretrain").lengths
+    after = contents(tmp_path / "cache")
+    (same,) = (name for name in after if after[name] == before[name] and name.endswith(".npz"))
+    assert "00002" in same
+
+
+def test_a_replaced_video_or_box_makes_its_clip_again(tmp_path):
+    video = tmp_path / "set/yes/train/a.mp4"
+    video.parent.mkdir(parents=True)
+    for steps, first_box in ((10, 3), (12, 3), (12, 5)):
+        grey_video(video, count=steps)
+        video.with_suffix(".boxes").write_text(f"{first_box} 0 20 20\n" * steps)
+        quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+        (clip,) = ClipDataset(tmp_path / "cache", "train")
+        assert len(clip.frames) == steps
+        assert clip.boxes[0].tolist() == [first_box, 0, 20, 20]
+
+
+def test_a_cache_that_does_not_know_its_sources(tmp_path):
+    """As earlier versions wrote it: it is read, and made anew by prepare."""
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    new = contents(tmp_path / "cache")
+    path = tmp_path / "cache/clips/train/yes/train/a.npz"
+    with np.load(path) as stored:
+        np.savez_compressed(path, **{name: stored[name] for name in stored.files if name != "source"})
+    assert len(ClipDataset(tmp_path / "cache", "train")[0].frames) == 10
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert contents(tmp_path / "cache") == new
+
+
+def test_a_cache_is_unfinished_while_clips_are_made_again(tmp_path, monkeypatch):
+    for name in "ab":
+        grey_video(tmp_path / f"set/yes/train/{name}.mp4")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    grey_video(tmp_path / "set/yes/train/b.mp4", count=12)
+
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", no_space)
+        with pytest.raises(PrepareError, match="1 of 2 clips are prepared"):
+            quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    with pytest.raises(ValueError, match="was not finished; run the same prepare again"):
+        ClipDataset(tmp_path / "cache", "train")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert ClipDataset(tmp_path / "cache", "train").lengths == [10, 12]
+
+
+def refuse(monkeypatch, *names):
+    """Files of these names can be listed but not read, which permissions do not do to root."""
+    real = Path.read_text, np.loadtxt, Path.iterdir
+
+    def check(path):
+        if Path(path).name in names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def replacement(function):
+        def checked(path, *arguments, **options):
+            check(path)
+            return function(path, *arguments, **options)
+
+        return checked
+
+    monkeypatch.setattr(Path, "read_text", replacement(real[0]))
+    monkeypatch.setattr(np, "loadtxt", replacement(real[1]))
+    monkeypatch.setattr(Path, "iterdir", replacement(real[2]))
+
+
+def test_texts_that_cannot_be_read_are_problems(tmp_path, monkeypatch):
+    for layout, ending, text in (
+        ("lrw/yes/train", ".txt", "Duration: 0.2 seconds"),
+        ("lrs/test/p", ".txt", "Text: YES"),
+        ("grid/s1", ".align", "0 10000 bin"),
+    ):
+        for name in ("good", "bad"):
+            grey_video(tmp_path / layout / f"{name}.mp4", count=30)
+            (tmp_path / layout / f"{name}{ending}").write_text(text)
+    refuse(monkeypatch, "bad.txt", "bad.align")
+    for reader, name, file in (
+        (LRW(tmp_path / "lrw"), "yes/bad", "bad.txt"),
+        (LRS(tmp_path / "lrs"), "test/p/bad", "bad.txt"),
+        (GRID(tmp_path / "grid"), "s1/bad", "bad.align"),
+    ):
+        report = quick(reader, tmp_path / type(reader).__name__)
+        assert (report.done, report.skipped) == (1, [(name, f"{file} cannot be read: Permission denied")])
+
+
+def test_clips_that_cannot_be_read_are_problems(tmp_path, monkeypatch):
+    for name in "abc":
+        grey_video(tmp_path / f"set/yes/train/{name}.mp4")
+    (tmp_path / "set/yes/train/a.boxes").write_text("0 0 9 9\n" * 10)
+    (tmp_path / "set/yes/train/b.mp4").unlink()
+    (tmp_path / "set/yes/train/b.mp4").mkdir()  # a folder of pictures
+    (tmp_path / "set/yes/train/d.mp4").symlink_to(tmp_path / "nowhere")
+    refuse(monkeypatch, "a.boxes", "b.mp4")
+    report = quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert report.done == 1
+    assert dict(report.skipped) == {
+        "yes/train/a": "a.boxes cannot be read: Permission denied",
+        "yes/train/b": "b.mp4 cannot be read: Permission denied",
+        "yes/train/d": "d.mp4 cannot be read: No such file or directory",
+    }
+
+
+def test_names_that_are_no_text_are_problems(tmp_path):
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    folder = os.fsencode(tmp_path / "set/yes")
+    try:
+        for name in (b"caf\xe9.mp4", b"train/caf\xe9.mp4"):
+            shutil.copy(tmp_path / "set/yes/train/a.mp4", os.path.join(folder, name))
+    except OSError:
+        pytest.skip("this file system takes text only")
+    report = quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert report.done == 1
+    names = [os.fsdecode(name) for name in (b"yes/caf\xe9", b"yes/train/caf\xe9")]
+    assert report.skipped == [(name, "its name is not UTF-8") for name in names]
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "fused_convlstm", "prepare", "folders", "set", "cache", "--whole", "48", "64"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [*command, "--workers", "0"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "skipped yes/caf\\udce9: its name is not UTF-8" in done.stdout
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '[{"split": "train"}]', "nothing"])
+def test_a_damaged_index(tmp_path, content):
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    (tmp_path / "cache/index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cache_dir: '.*index.json' is damaged .* run the same prepare again"):
+        ClipDataset(tmp_path / "cache", "train")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert len(ClipDataset(tmp_path / "cache", "train")) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_description(tmp_path, content):
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    (tmp_path / "cache/cache.json").write_text(content)
+    message = r"cache_dir: '.*cache.json' is not a cache description .* remove the folder and prepare anew"
+    with pytest.raises(ValueError, match=message):
+        ClipDataset(tmp_path / "cache", "train")
+    with pytest.raises(ValueError, match=message):
+        quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+
+
+def test_too_small_for_optical_flow(tmp_path):
+    """OpenCV's search crashes on such pictures."""
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    with pytest.raises(ValueError, match=r"flow: expected frames of at least 16 x 16 for 'dis', got 48 x 15"):
+        prepare(WordFolders(tmp_path / "set"), tmp_path / "cache", crop=WholeFrame(48, 15), flow="dis", workers=0)
+    frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 1), dtype=np.uint8)
+    assert optical_flow(frames).shape == (3, 16, 16, 2)
+
+
+def test_no_frames_around_a_word(tmp_path):
+    with pytest.raises(ValueError, match="num_frames: expected 1 or more, got 0"):
+        GRID(tmp_path, num_frames=0)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fused_convlstm.data.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Another process keeps prepare out of its folder for as long as it lives; killed, it leaves no lock behind."""
+    grey_video(tmp_path / "set/yes/train/a.mp4")
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "cache")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=r"cache: another process is writing to this folder"):
+            quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+        assert not (tmp_path / "cache/cache.json").exists()
+        process.kill()
+        process.wait()
+    quick(WordFolders(tmp_path / "set"), tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["cache.json", "clips", "index.json"]
+
+
+def test_a_lock_leaves_nothing(tmp_path):
+    with locked(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    with locked(tmp_path / "new"):
+        (tmp_path / "new/file").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_complete_files_are_on_the_disk(tmp_path, monkeypatch):
+    """Content before name before the end of the block."""
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (calls.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
+    with complete_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("content")
+    assert calls == [str(unfinished), "rename", str(tmp_path)]

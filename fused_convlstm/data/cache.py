@@ -1,8 +1,9 @@
 """The cache on disk.
 
     cache.json            the parameters that the clips were prepared with
-    clips/SPLIT/NAME.npz  frames uint8 (T, C, H, W), the word times, and boxes if there are any, compressed
-    index.json            all clips, written when a run of prepare is through
+    clips/SPLIT/NAME.npz  frames uint8 (T, C, H, W), the word times, and boxes if there are any, compressed; and a
+                          digest of what they were made from
+    index.json            all clips, written when a run of prepare is through, gone while one makes clips
 
 Files appear under their names only when complete (written beside, then renamed), so a kill leaves no half-written clip.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .files import complete_file, write_json
 from .video import Frames
 
 FORMAT = 1
+_DAMAGED = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)  # what reading a clip may raise
 
 Words = tuple[tuple[str, int, int], ...]
 Boxes = npt.NDArray[np.float32]  # (T, 4): x, y of the top left corner, width, height in pixels of the cached frames
@@ -42,13 +45,13 @@ def clip_path(cache_dir: Path, split: str, name: str) -> Path:
     return cache_dir / "clips" / split / f"{name}.npz"
 
 
-def write_clip(path: Path, frames: Frames, words: Words, boxes: Boxes | None = None) -> None:
-    """``frames`` uint8 (T, C, H, W)."""
+def write_clip(path: Path, frames: Frames, words: Words, boxes: Boxes | None = None, source: str = "") -> None:
+    """``frames`` uint8 (T, C, H, W); ``source``: a digest of what the clip is made from."""
     optional = {} if boxes is None else {"boxes": boxes}
     names = np.array([word for word, _, _ in words], dtype=np.str_)
     times = np.array([(start, end) for _, start, end in words], dtype=np.int64).reshape(-1, 2)
     with complete_file(path) as unfinished, open(unfinished, "wb") as file:
-        np.savez_compressed(file, frames=frames, words=names, times=times, **optional)  # type: ignore[arg-type]
+        np.savez_compressed(file, frames=frames, words=names, times=times, source=np.array(source), **optional)  # type: ignore[arg-type]
 
 
 def read_clip(cache_dir: Path, record: Record) -> tuple[Frames, Words, Boxes | None]:
@@ -60,20 +63,22 @@ def read_clip(cache_dir: Path, record: Record) -> tuple[Frames, Words, Boxes | N
                 for word, (start, end) in zip(stored["words"], stored["times"], strict=True)
             )
             return stored["frames"], words, stored["boxes"] if "boxes" in stored.files else None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"cache_dir: the clip {str(path)!r} cannot be read ({error}); delete it and prepare again"
         ) from error
 
 
-def stored_num_frames(path: Path) -> int | None:
-    """Frames of a clip file from its header alone; None where the file is damaged."""
+def stored_clip(path: Path) -> tuple[int, str] | None:
+    """Frames and source of a clip file, without reading the frames; None where it is damaged or knows no source."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("frames.npy") as file:
-            np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_1_0(file)
-            return int(shape[0])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        with zipfile.ZipFile(path) as archive:
+            with archive.open("frames.npy") as file:
+                np.lib.format.read_magic(file)
+                shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            with archive.open("source.npy") as file:
+                return int(shape[0]), str(np.lib.format.read_array(file))
+    except _DAMAGED:
         return None
 
 
@@ -81,18 +86,28 @@ def write_index(cache_dir: Path, records: list[Record]) -> None:
     write_json(cache_dir / "index.json", [asdict(record) for record in records])
 
 
+def remove_index(cache_dir: Path) -> None:
+    (cache_dir / "index.json").unlink(missing_ok=True)
+
+
 def read_index(cache_dir: Path) -> list[Record]:
     """The clips of a complete cache.
 
     Raises:
-        ValueError: no cache, an unfinished one, or one of another format.
+        ValueError: no cache, an unfinished or a damaged one, or one of another format.
     """
     if read_parameters(cache_dir) is None:
         raise ValueError(f"cache_dir: expected a folder made by prepare, got {str(cache_dir)!r}")
     path = cache_dir / "index.json"
     if not path.is_file():
         raise ValueError(f"cache_dir: preparing {str(cache_dir)!r} was not finished; run the same prepare again")
-    return [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, list):
+            raise ValueError("expected a list of clips")
+        return [Record(**record) for record in stored]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cache_dir: {str(path)!r} is damaged ({error}); run the same prepare again") from error
 
 
 def read_parameters(cache_dir: Path) -> dict[str, Any] | None:
@@ -103,8 +118,10 @@ def read_parameters(cache_dir: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         found, parameters = stored["format"], stored["parameters"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"cache_dir: {str(path)!r} is not a cache description ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cache_dir: {str(path)!r} is not a cache description ({error}); remove the folder and prepare anew"
+        ) from error
     if found != FORMAT:
         raise ValueError(f"cache_dir: {str(cache_dir)!r} has format {found}, this version reads {FORMAT}; prepare anew")
     if not isinstance(parameters, dict):

@@ -11,6 +11,7 @@ from .crops import grey
 from .video import Frames
 
 FLOW_METHODS = ("dis", "farneback")
+DIS_SIDE = 16  # pixels: OpenCV's search crashes on less
 FLOW_ZERO = 128  # the stored value of no motion
 FLOW_LEVELS = 6  # stored levels per pixel of motion: up to 21 pixels between two frames to either side
 
@@ -26,8 +27,14 @@ def optical_flow(frames: Frames, method: str = "dis") -> Frames:
     Channel 0 is x (right), channel 1 is y (down), stored as 128 + 6 per pixel; the first frame has no predecessor and
     no motion. ``"dis"`` is dense inverse search (Kroeger et al., 2016), ``"farneback"`` polynomial expansion
     (Farneback, 2003).
+
+    Raises:
+        ValueError: an unknown method, or frames of less than 16 pixels for ``"dis"``.
     """
     check_flow(method)
+    if method == "dis" and min(frames.shape[1:3]) < DIS_SIDE:
+        height, width = frames.shape[1:3]
+        raise ValueError(f"flow: expected frames of at least {DIS_SIDE} x {DIS_SIDE} for 'dis', got {height} x {width}")
     stored = np.full((*frames.shape[:3], 2), FLOW_ZERO, dtype=np.uint8)
     search: Any = None
     if method == "dis":

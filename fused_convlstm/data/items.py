@@ -66,8 +66,13 @@ class Reader(Protocol):
 
 def split_by_name(name: str) -> str:
     """The split rule for data without official parts: crc32 of the name modulo 10; 0 to 7 train, 8 val, 9 test."""
-    remainder = zlib.crc32(name.encode()) % 10
+    remainder = zlib.crc32(name.encode(errors="surrogateescape")) % 10
     return "train" if remainder < 8 else "val" if remainder == 8 else "test"
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The reason of a problem."""
+    return f"{path.name} cannot be read: {error.strerror or error}"
 
 
 def existing_folder(root: str | Path, what: str) -> Path:

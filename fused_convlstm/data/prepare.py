@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
@@ -18,15 +19,16 @@ from .cache import (
     Words,
     clip_path,
     read_parameters,
-    stored_num_frames,
+    remove_index,
+    stored_clip,
     write_clip,
     write_index,
     write_parameters,
 )
 from .crops import Crop, MouthCrop, NoFaceError, WholeFrame, centre_square
-from .files import PrepareError, is_vacant, remove_unfinished
+from .files import PrepareError, is_vacant, locked, remove_unfinished
 from .flow import check_flow, optical_flow
-from .items import Item, Problem, Reader
+from .items import Item, Problem, Reader, unreadable
 from .parallel import resolve_workers, run_jobs
 from .video import Frames, VideoError, read_pictures, read_video
 
@@ -50,9 +52,9 @@ class PrepareReport:
 
 @dataclass
 class _Job:
-    """The clips of one video."""
+    """The clips of one video, each with the digest of what it is made from."""
 
-    items: list[Item]
+    items: list[tuple[Item, str]]
     cache_dir: Path
     crop: Crop
     rgb: bool
@@ -83,7 +85,8 @@ def prepare(
     """Decode every clip of a dataset, crop it, and write it to a cache that :class:`ClipDataset` reads.
 
     A clip that cannot be used (no text, damaged, no face, too short) is skipped and listed in the report. A run that
-    was killed is continued by the same call; clips already there are not made again.
+    was killed is continued by the same call; clips already there are not made again, unless their video, their boxes,
+    or the part and the words of it have changed since.
 
     Args:
         reader: the dataset, such as ``LRW("lrw/lipread_mp4")``.
@@ -98,7 +101,8 @@ def prepare(
         progress: show a progress bar with clips per second and the time left.
 
     Raises:
-        ValueError: the cache was made with other parameters, the reader finds nothing, or two clips have one name.
+        ValueError: the cache was made with other parameters, another process is preparing it, the reader finds
+            nothing, or two clips have one name.
         PrepareError: no space left or no right to write in ``cache_dir``, or a worker process died.
     """
     crop = MouthCrop() if crop is None else crop
@@ -109,7 +113,7 @@ def prepare(
         raise ValueError(f"min_frames: expected 1 or more, got {min_frames}")
     check_flow(flow)
     cache = Path(cache_dir)
-    found = list(reader)
+    found = [_nameable(entry) for entry in reader]
     items = [item for item in found if isinstance(item, Item)]
     report = PrepareReport(
         skipped=[(problem.name, problem.reason) for problem in found if isinstance(problem, Problem)]
@@ -119,28 +123,37 @@ def prepare(
     _check_names(items)
     records: list[Record] = []
     try:
-        _check_parameters(cache, _parameters(reader, crop, rgb, flow, fps, min_frames))
-        remove_unfinished(cache)
-        missing = []
-        for item in items:
-            num_frames = stored_num_frames(clip_path(cache, item.split, item.name))
-            if num_frames is None:
-                missing.append(item)
-            else:
-                records.append(Record(item.split, item.name, item.text, item.label, num_frames))
-        jobs = (
-            _Job(list(group), cache, crop, rgb, flow, fps, min_frames)
-            for _, group in groupby(missing, key=lambda item: item.video)
-        )
-        bar = tqdm(total=len(items), initial=len(records), unit="clip", desc="prepare", disable=not progress)
-        with bar:
-            for outcome in run_jobs(_prepare_video, jobs, processes):
-                records += outcome.records
-                report.skipped += outcome.skipped
-                report.resampled += outcome.resampled
-                bar.update(len(outcome.records) + len(outcome.skipped))
-        order = {(item.split, item.name): position for position, item in enumerate(items)}
-        write_index(cache, sorted(records, key=lambda record: order[record.split, record.name]))
+        with locked(cache):
+            _check_parameters(cache, _parameters(reader, crop, rgb, flow, fps, min_frames))
+            remove_unfinished(cache)
+            missing = []
+            for item in items:
+                try:
+                    source = _source(item)
+                except OSError as error:
+                    report.skipped.append((item.name, unreadable(item.video, error)))
+                    continue
+                stored = stored_clip(clip_path(cache, item.split, item.name))
+                if stored is None or stored[1] != source:
+                    missing.append((item, source))
+                else:
+                    records.append(Record(item.split, item.name, item.text, item.label, stored[0]))
+            if missing:
+                remove_index(cache)  # it may be wrong about clips that are made again
+            jobs = (
+                _Job(list(group), cache, crop, rgb, flow, fps, min_frames)
+                for _, group in groupby(missing, key=lambda entry: entry[0].video)
+            )
+            there = len(items) - len(missing)
+            bar = tqdm(total=len(items), initial=there, unit="clip", desc="prepare", disable=not progress)
+            with bar:
+                for outcome in run_jobs(_prepare_video, jobs, processes):
+                    records += outcome.records
+                    report.skipped += outcome.skipped
+                    report.resampled += outcome.resampled
+                    bar.update(len(outcome.records) + len(outcome.skipped))
+            order = {(item.split, item.name): position for position, item in enumerate(items)}
+            write_index(cache, sorted(records, key=lambda record: order[record.split, record.name]))
     except OSError as error:
         raise PrepareError(
             f"cannot write in {str(cache)!r}: {error.strerror or error}; "
@@ -206,6 +219,28 @@ def _check_parameters(cache: Path, wanted: dict[str, Any]) -> None:
         raise ValueError(f"cache_dir: {str(cache)!r} was prepared with other parameters: {changes}. Use another folder")
 
 
+def _nameable(entry: Item | Problem) -> Item | Problem:
+    """A name that is no text cannot stand in the index: names of files may be any bytes."""
+    if isinstance(entry, Item):
+        try:
+            "".join((entry.name, entry.split, entry.text, entry.label or "")).encode()
+        except UnicodeEncodeError:
+            return Problem(entry.name, "its name is not UTF-8")
+    return entry
+
+
+def _source(item: Item) -> str:
+    """A digest of what a clip is made from, beside the parameters of the cache.
+
+    Raises:
+        OSError: the video or the boxes cannot be looked at.
+    """
+    files = [path.stat() for path in (item.video, item.boxes) if path is not None]
+    words = [(word.text, word.start, word.end) for word in item.words]
+    made_from = [(file.st_size, file.st_mtime_ns) for file in files], item.span, item.num_frames, words, item.cropped
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+
+
 def _check_names(items: list[Item]) -> None:
     seen = set()
     for item in items:
@@ -220,8 +255,7 @@ def _prepare_video(job: _Job) -> _Outcome:
     The whole video is cropped, then cut: what a clip looks like does not depend on which others are made with it.
     """
     outcome = _Outcome()
-    video = job.items[0].video
-    already_crops = job.items[0].cropped
+    video, already_crops = job.items[0][0].video, job.items[0][0].cropped
     try:
         if already_crops:
             frames, rate = _read_npz(video)
@@ -238,10 +272,13 @@ def _prepare_video(job: _Job) -> _Outcome:
             frames = job.crop(frames)
         clips = _channels_first(frames, job.flow)
     except (VideoError, NoFaceError) as error:
-        outcome.skipped = [(item.name, str(error)) for item in job.items]
+        outcome.skipped = [(item.name, str(error)) for item, _ in job.items]
+        return outcome
+    except OSError as error:
+        outcome.skipped = [(item.name, unreadable(video, error)) for item, _ in job.items]
         return outcome
     outcome.resampled = int(abs(rate - job.fps) > 1e-3 * job.fps)
-    for item in job.items:
+    for item, source in job.items:
         try:
             first, end = _frame_range(item, len(clips), job)
         except VideoError as error:
@@ -249,7 +286,7 @@ def _prepare_video(job: _Job) -> _Outcome:
             continue
         path = clip_path(job.cache_dir, item.split, item.name)
         places = None if boxes is None else boxes[first:end]
-        write_clip(path, clips[first:end], _word_frames(item, first, end, job.fps), places)
+        write_clip(path, clips[first:end], _word_frames(item, first, end, job.fps), places, source)
         outcome.records.append(Record(item.split, item.name, item.text, item.label, end - first))
     return outcome
 
@@ -268,11 +305,13 @@ def _read_npz(path: Path) -> tuple[Frames, float]:
 
 def _read_boxes(job: _Job, frames: Frames) -> Boxes | None:
     """The boxes of the whole video in pixels of the cached frames; only for a crop that keeps the whole picture."""
-    path = job.items[0].boxes
+    path = job.items[0][0].boxes
     if path is None or not isinstance(job.crop, WholeFrame):
         return None
     try:
         boxes = np.loadtxt(path, dtype=np.float32, ndmin=2)
+    except OSError as error:
+        raise VideoError(unreadable(path, error)) from error
     except ValueError as error:
         raise VideoError(f"{path.name}: expected lines 'X Y WIDTH HEIGHT': {error}") from error
     if boxes.shape != (len(frames), 4):

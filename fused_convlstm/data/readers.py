@@ -15,6 +15,7 @@ from .items import (
     existing_folder,
     split_by_name,
     subfolders,
+    unreadable,
     video_files,
 )
 
@@ -54,6 +55,8 @@ class LRW:
         try:
             fields = _fields(text_file)
             duration = float(fields["Duration"].split()[0])
+        except OSError as error:
+            return Problem(name, unreadable(text_file, error))
         except (KeyError, IndexError, ValueError):
             return Problem(name, f"{text_file.name} has no line 'Duration: SECONDS'")
         middle = LRW_CLIP_SECONDS / 2
@@ -117,6 +120,8 @@ class GRID:
     def __post_init__(self) -> None:
         if self.unit not in ("word", "sentence"):
             raise ValueError(f"unit: expected 'word' or 'sentence', got {self.unit!r}")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"num_frames: expected 1 or more, got {self.num_frames}")
         if self.words is not None and self.unit == "sentence":
             raise ValueError(f"words: only for unit='word', got {self.words!r} with unit='sentence'")
         self._wanted()  # raises for an unknown word
@@ -142,6 +147,9 @@ class GRID:
                 continue
             try:
                 spoken = self._read_alignment(alignment)
+            except OSError as error:
+                yield Problem(name, unreadable(alignment, error))
+                continue
             except ValueError as error:
                 yield Problem(name, str(error))
                 continue
@@ -220,7 +228,11 @@ class LRS:
         if not text_file.is_file():
             yield Problem(name, f"{text_file.name} is missing")
             return
-        text = _fields(text_file).get("Text")
+        try:
+            text = _fields(text_file).get("Text")
+        except OSError as error:
+            yield Problem(name, unreadable(text_file, error))
+            return
         if not text:
             yield Problem(name, f"{text_file.name} has no line 'Text: ...'")
             return

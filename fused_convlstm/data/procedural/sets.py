@@ -13,7 +13,7 @@ from typing import TypeVar
 import av
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..files import PrepareError, is_vacant, remove_unfinished, write_json
+from ..files import PrepareError, is_vacant, locked, remove_unfinished, write_json
 from ..parallel import resolve_workers, run_jobs
 
 Job = TypeVar("Job")
@@ -54,24 +54,25 @@ def make_set(
         The folder.
 
     Raises:
-        ValueError: the folder has another set, or other files.
+        ValueError: the folder has another set, or other files, or another process is writing to it.
         PrepareError: no space left or no right to write.
     """
     folder = Path(out_dir)
     processes = resolve_workers(workers)
     try:
-        _claim_folder(folder, arguments)
-        planned = [
-            PlannedClip(
-                label, number, folder / label / _part(number, clips_per_class) / f"{label}_{number + 1:05d}.mp4"
-            )
-            for label, number in product(labels, range(clips_per_class))
-        ]
-        missing = [clip for clip in planned if not clip.video.is_file()]
-        there = len(planned) - len(missing)
-        with tqdm(total=len(planned), initial=there, unit="clip", desc="render", disable=not progress) as bar:
-            for made in run_jobs(render, make_jobs(missing), processes):
-                bar.update(made)
+        with locked(folder):
+            _claim_folder(folder, arguments)
+            planned = [
+                PlannedClip(
+                    label, number, folder / label / _part(number, clips_per_class) / f"{label}_{number + 1:05d}.mp4"
+                )
+                for label, number in product(labels, range(clips_per_class))
+            ]
+            missing = [clip for clip in planned if not clip.video.is_file()]
+            there = len(planned) - len(missing)
+            with tqdm(total=len(planned), initial=there, unit="clip", desc="render", disable=not progress) as bar:
+                for made in run_jobs(render, make_jobs(missing), processes):
+                    bar.update(made)
     except (OSError, av.FFmpegError, BrokenProcessPool) as error:
         raise PrepareError(
             f"cannot write in {str(folder)!r}: {error}; the same call continues with the rest"
