@@ -16,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def run_program(
             ended = None
         finally:
             end_group(process.pid)
-            process.wait(10)
+            process.poll()
         out.seek(0)
         return ended, out.read()
 
@@ -340,6 +341,7 @@ class Child:
 
     def __init__(self) -> None:
         self.process: Any = None
+        self.hung: Counter[str] = Counter()
 
     def __enter__(self) -> Child:
         return self
@@ -350,13 +352,16 @@ class Child:
     def end(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.join()
+            self.process.join(10)
             end_group(self.process.pid)  # what it started
             self.connection.close()
             self.process = None
 
-    def call(self, seconds: float, function: Callable[..., Any], *arguments: object) -> Any:
-        """What ``function(*arguments)`` returns; ChildError if it raises, the process dies or it takes longer."""
+    def call(self, seconds: float, function: Callable[..., Any], *arguments: object, kind: str = "") -> Any:
+        """What ``function(*arguments)`` returns; ChildError if it raises, the process dies or it takes longer. Of a
+        ``kind`` that has a name, two may take longer; then it is not tried again."""
+        if kind and self.hung[kind] >= 2:
+            raise ChildError(f"not tried: {kind} has hung twice")
         try:
             if self.process is None:
                 context = get_context("spawn")
@@ -364,9 +369,14 @@ class Child:
                 self.process = context.Process(target=_serve, args=(there, allow_everything))
                 self.process.start()
                 there.close()
-                self._receive(START_SECONDS)
+                if not self.connection.poll(START_SECONDS):
+                    raise ChildError("no process began")
+                self.connection.recv()
             self.connection.send((seconds, function, arguments))
-            value, error, usable = self._receive(seconds)
+            if not self.connection.poll(seconds):
+                self.hung[kind] += 1
+                raise ChildError(f"not done within {seconds:.0f} s")
+            value, error, usable = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(10)
             code = self.process.exitcode
@@ -380,11 +390,6 @@ class Child:
         if error is not None:
             raise ChildError(error + ("" if usable else " (CUDA unusable afterwards)"))
         return value
-
-    def _receive(self, seconds: float) -> Any:
-        if not self.connection.poll(seconds):
-            raise ChildError(f"not done within {seconds:.0f} s")
-        return self.connection.recv()
 
 
 def _serve(connection: Any, setup: Callable[[], None]) -> None:

@@ -198,7 +198,7 @@ def run(arguments: argparse.Namespace, problems: Sequence[Problem]) -> int:
             else:
                 try:
                     rates = matmul_flops["bf16"], bandwidth, launch_cost
-                    facts[part][what] = child.call(gpu.WAIT, section, problem, name, *rates)
+                    facts[part][what] = child.call(gpu.WAIT, section, problem, name, *rates, kind=name)
                 except gpu.ChildError as error:
                     facts[part][what] = f"## {what}\n\nFailed: {error}"
                     facts["failed"].append(what)

@@ -56,7 +56,7 @@ def cuda_row(problem: Problem, child: gpu.Child) -> tuple[dict[str, Any], str]:
     wrong = []
     for name, number in CUDA_TILES.items():
         try:
-            times[name] = child.call(gpu.WAIT, cuda_time, problem, number)
+            times[name] = child.call(gpu.WAIT, cuda_time, problem, number, kind=name)
         except gpu.ChildError as error:
             times[name] = None
             wrong.append(f"{name}: {error}")
@@ -160,7 +160,8 @@ def main() -> int:
                     return 1
                 if backend == "triton":
                     try:
-                        rows, wrong = child.call(TRITON_SECONDS, triton_rows, problem, triton_names(problem))
+                        names = triton_names(problem)
+                        rows, wrong = child.call(TRITON_SECONDS, triton_rows, problem, names, kind=backend)
                     except gpu.ChildError as error:
                         rows, wrong = [], str(error)
                     facts["triton"] += rows

@@ -153,6 +153,7 @@ def measure(
 ) -> tuple[str, float]:
     """Four columns of the table, and the loss, which has to be ``expected``; runs in a child process."""
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # a step is compiled for every layer's sizes, with gradients and without
     gc.collect()
     torch.manual_seed(0)
     model = create_model(network.name).to(device)

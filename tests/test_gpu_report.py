@@ -165,7 +165,7 @@ def test_one_bad_implementation(
     assert why in report.failures[", ".join(gpu_stand_in.FAULTY)]
     assert len(report.results) == sum(len(gpu.implementations(p.training)) for p in gpu.plan()) - 1
     assert report.to_do() == []
-    monkeypatch.setattr(gpu.Child, "call", lambda child, seconds, function, *_: ({}, 1.0, 1.0))  # only the rates
+    monkeypatch.setattr(gpu.Child, "call", lambda *_, **__: ({}, 1.0, 1.0))  # only the rates
     assert run_report("--minutes", "10")[1].failures == report.failures
 
 
@@ -179,9 +179,13 @@ def test_a_child_that_failed_is_followed_by_another(stub: Path, monkeypatch: pyt
             child.call(60, int, "one")
         assert child.process.pid == first
         with pytest.raises(gpu.ChildError, match="not done within 1 s"):
-            child.call(1, time.sleep, 600)
+            child.call(1, time.sleep, 600, kind="slow")
         with pytest.raises(ProcessLookupError):
             os.kill(first, 0)
+        with pytest.raises(gpu.ChildError, match="not done within 1 s"):
+            child.call(1, time.sleep, 600, kind="slow")
+        with pytest.raises(gpu.ChildError, match="not tried: slow has hung twice"):
+            child.call(600, time.sleep, 600, kind="slow")
         assert child.call(60, int, "2") == 2
         second = child.process.pid
     with pytest.raises(ProcessLookupError):
@@ -346,7 +350,7 @@ def test_tuning_goes_on_after_a_crash(stub: Path, monkeypatch: pytest.MonkeyPatc
         str(problem): None if str(problem) == bad else 1.0 for problem in gpu.plan()
     }
     assert "the process died" in (stub / "tuning-stand-in-1.md").read_text()
-    monkeypatch.setattr(gpu.Child, "call", lambda *_: pytest.fail("measured a second time"))
+    monkeypatch.setattr(gpu.Child, "call", lambda *_, **__: pytest.fail("measured a second time"))
     assert gpu_tune.main() == 1
 
 
@@ -365,7 +369,7 @@ def test_a_profile_goes_on_after_a_crash(stub: Path, monkeypatch: pytest.MonkeyP
     text = (stub / "profile-stand-in-1.md").read_text()
     assert text.count("A call 1.000 ms") == len(gpu.plan()) - 1
     assert text.count("Failed: the process died") == 1
-    monkeypatch.setattr(gpu.Child, "call", lambda *_: pytest.fail("measured a second time"))
+    monkeypatch.setattr(gpu.Child, "call", lambda *_, **__: pytest.fail("measured a second time"))
     monkeypatch.setattr(sys, "argv", ["gpu_profile.py", *options, "--ncu"])
     assert gpu_profile.main() == 1
     assert (stub / "profile-stand-in-1.md").read_text().count("what ncu says") == len(gpu.plan())
