@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -246,6 +250,54 @@ def test_extreme_inputs_saturate() -> None:
         expected, (_, expected_c) = FC.conv_lstm2d(tensors.input * scale, **tensors.weights, backend="reference")
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(c_n, expected_c)
+
+
+def gradients_and_others_between(backend: str, size: tuple[int, int], others: int) -> list[torch.Tensor]:
+    """Gradients of a call, before whose backward frames of ``others`` other sizes pass."""
+    tensors = make_tensors(Case(size=size, hidden_channels=3, state=False)).to(torch.float32)
+    leaves = [tensors.input, *tensors.weights.values()]
+    leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+    output, _ = FC.conv_lstm2d(tensors.input, **tensors.weights, backend=backend)
+    with torch.no_grad():
+        for k in range(others):
+            FC.conv_lstm2d(torch.ones(1, 1, 3, 2, k + 1), **tensors.weights, backend=backend)
+    return list(torch.autograd.grad(output.square().sum(), leaves))
+
+
+def test_tables_that_are_dropped_between_forward_and_backward() -> None:
+    """Backward makes the tables of its frames' size again. In threads at once, too."""
+    expected = gradients_and_others_between("reference", (6, 7), 0)
+    for actual in (
+        gradients_and_others_between("cpu", (6, 7), 150),
+        *ThreadPoolExecutor(4).map(lambda _: gradients_and_others_between("cpu", (6, 7), 0), range(4)),
+    ):
+        for a, b in zip(expected, actual, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+MANY_SIZES = """
+import torch
+from fused_convlstm import functional as FC
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+def run(height):
+    FC.conv_lstm2d(torch.zeros(1, 1, 1, height, 300), torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 3, 3), backend="cpu")
+
+run(400)
+before = resident()
+for k in range(31):
+    run(401 + k)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not tell the memory of a process")
+def test_memory_of_many_frame_sizes_is_bounded() -> None:
+    """Tables of 31 sizes are of more than 600 MiB."""
+    result = subprocess.run([sys.executable, "-c", MANY_SIZES], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 250
 
 
 def test_refusals_name_the_property() -> None:

@@ -212,6 +212,23 @@ def test_checkpoint_of_before_loads_after(name: str) -> None:
     other.load_state_dict(other.state_dict())  # and one of after the swap, of course
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_assigned_checkpoint_keeps_its_precision(name: str) -> None:
+    module, calls = make(name)
+    checkpoint = {key: value.clone() for key, value in holder(module).state_dict().items()}
+    other = holder(make(name)[0].float())
+    swap(other)
+    other.load_state_dict(checkpoint, assign=True)
+    if name != "Hzzone":  # its peepholes are in no checkpoint
+        assert all(parameter.dtype == torch.float64 for parameter in other.parameters())
+        if "snntorch" in name:
+            module.reset_mem(), other["inner"].reset_mem()
+        for a, b in zip(tensors_in(other["inner"](*calls[0])), tensors_in(module(*calls[0])), strict=True):
+            torch.testing.assert_close(a, b)
+    restored = holder(unswap(other)["inner"]).state_dict()
+    assert all(value.dtype == checkpoint[key].dtype for key, value in restored.items())
+
+
 def test_checkpoint_of_another_size_is_refused() -> None:
     model = holder(twins.Ndrplz(3, 4, (3, 3), 1))
     checkpoint = model.state_dict() | {"inner.cell_list.0.conv.bias": torch.zeros(1)}  # would broadcast
@@ -379,6 +396,113 @@ def test_cells_of_a_stack_with_its_own_ideas() -> None:
     torch.testing.assert_close(model["inner"](x)[0][0], expected)
 
 
+class Regularised(twins.NdrplzCell):
+    """Does ``what`` in training mode alone."""
+
+    def __init__(self, what) -> None:
+        super().__init__(3, 4, (3, 3))
+        self.what = what
+
+    def forward(self, input_tensor, cur_state):
+        if self.training:
+            return self.what(super().forward, input_tensor, *cur_state)
+        return super().forward(input_tensor, cur_state)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda step, x, h, c: step(nn.functional.dropout(x, 0.5), (h, c)),
+        lambda step, x, h, c: step(nn.functional.dropout2d(x, 1e-6), (h, c)),  # too rare to show in a few frames
+        lambda step, x, h, c: tuple(
+            torch.where(torch.rand_like(h) < 0.1, a, b) for a, b in zip((h, c), step(x, (h, c)), strict=True)
+        ),
+        lambda step, x, h, c: step(x, (h + torch.randn_like(h), c)),
+        lambda step, x, h, c: step(2 * x, (h, c)),
+    ],
+    ids=["dropout", "rare dropout", "zoneout", "noise", "another scale"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_another_computation_in_training_is_a_reason_to_keep(what, training: bool) -> None:
+    model = holder(Regularised(what)).train(training)
+    state = torch.get_rng_state()
+    report = swap(model, verify=True)
+    assert "it computes something else in training mode (dropout" in report.kept[0].reason
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_dropout_of_nothing_is_no_reason_to_keep() -> None:
+    assert swap(holder(Regularised(lambda step, x, h, c: step(nn.functional.dropout(x, 0.0), (h, c))))).replaced
+
+
+def test_random_numbers_of_the_caller_stay() -> None:
+    class Drawing(twins.NdrplzCell):
+        def forward(self, input_tensor, cur_state):
+            torch.rand(1)
+            return super().forward(input_tensor, cur_state)
+
+    model = holder(Drawing(3, 4, (3, 3)))
+    state = torch.get_rng_state()
+    assert swap(model, verify=True).replaced
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class ClippedCell(twins.NdrplzCell):
+    """As TensorFlow's LSTMs with cell_clip."""
+
+    cell_clip = 3.0
+
+    def forward(self, input_tensor, cur_state):
+        h, c = cur_state
+        z = twins.split(self.conv(torch.cat([input_tensor, h], dim=1)), self.order)
+        c = torch.sigmoid(z["f"]) * c + torch.sigmoid(z["i"]) * torch.tanh(z["g"])
+        c = c.clamp(-self.cell_clip, self.cell_clip)
+        return torch.sigmoid(z["o"]) * torch.tanh(c), c
+
+
+class ClippedStack(twins.Ndrplz):
+    cell = ClippedCell
+
+
+class ClippedSequence(twins.CzifanLstm):
+    """Begins at zero, so that only many steps reach the limit."""
+
+    def forward(self, inputs):
+        h = c = inputs.new_zeros(inputs.size(0), self.num_features, *inputs.shape[3:])
+        outputs = []
+        for t in range(inputs.size(1)):
+            h, c = twins.step(twins.split(self.conv(torch.cat([inputs[:, t], h], dim=1)), "ifgo"), c)
+            c = c.clamp(-3.0, 3.0)
+            outputs.append(torch.cat([h], dim=1))
+        return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ClippedCell(3, 4, (3, 3)),
+        lambda: ClippedStack(3, 4, (3, 3), 2),
+        lambda: ClippedSequence(3, 4, norm=False, tanh=True),
+    ],
+    ids=["cell", "stack", "sequence"],
+)
+def test_clipped_states_are_a_reason_to_keep(build) -> None:
+    report = swap(holder(build()))
+    assert not report.replaced
+    assert all("differ where states are large: it may clip them" in kept.reason for kept in report.kept)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_recognised_in_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a module is that cannot run in float64."""
+    recognise = importlib.import_module("fused_convlstm.swap.recognise")
+    monkeypatch.setattr(recognise, "TOLERANCE", {torch.float32: recognise.TOLERANCE[torch.float32]})
+    report = swap(holder(make(name)[0].float()))
+    assert report.replaced, str(report)
+    assert not report.kept, str(report)
+
+
 def test_detached_gradients_are_noticed() -> None:
     """Equal results are not enough: a cell that cuts the gradient through time is another layer for training."""
 
@@ -421,6 +545,23 @@ def test_shared_weights_and_hooks_are_reasons_to_keep() -> None:
     hooked = twins.NdrplzCell(3, 4, (3, 3))
     hooked.conv.register_forward_hook(lambda *_: None)
     assert "hooks" in swap(holder(hooked)).kept[0].reason
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        hooked = twins.NdrplzCell(3, 4, (3, 3))
+        getattr(hooked.conv.bias, register)(lambda _: None)
+        assert "its parameter conv.bias has hooks" in swap(holder(hooked)).kept[0].reason
+
+
+def test_unswap_keeps_what_was_frozen_in_between() -> None:
+    model = holder(twins.NdrplzCell(3, 4, (3, 3)))
+    swap(model)
+    model.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in unswap(model).parameters())
+    swap(model)
+    model["inner"].layers[0].weight_hh.requires_grad_(True)
+    assert [parameter.requires_grad for parameter in unswap(model).parameters()] == [True, False]
+    layer = twins.Kamo(3, 4, 3)
+    layer.bias_hh_l0.requires_grad_(False)  # stays, as what learns for both is trained
+    assert [name for name, p in unswap(swap(layer).model).named_parameters() if not p.requires_grad] == ["bias_hh_l0"]
 
 
 def test_frozen_weights_stay_frozen() -> None:
@@ -520,6 +661,17 @@ def test_attributes_and_methods_of_the_replaced_module() -> None:
         _ = cell.nothing
     swapped.return_all_layers = True
     assert len(swapped(frames(3, 2, 3, *SIZE))[0]) == 2
+
+
+def test_cell_state_that_broadcasts() -> None:
+    cell = twins.NdrplzCell(3, 4, (3, 3)).double()
+    x, h = frames(2, 3, *SIZE), frames(2, 4, *SIZE)
+    swapped = swap(copy.deepcopy(cell)).model
+    for shape in ((1, 4, *SIZE), (4, 1, 1)):
+        c = frames(*shape).requires_grad_()
+        expected, actual = cell(x, (h, c)), swapped(x, (h, c))
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(gradients(cell, actual, [c]), gradients(cell, expected, [c]))
 
 
 def test_wrong_arguments() -> None:

@@ -19,9 +19,11 @@ template <class N> struct TransposedConvolution {
   const Geometry &geometry;
   Blocks blocks; // of input channels
   int64_t out_per_group;
-  int tile;                    // of a transformed convolution, 0 for a direct one
-  Buffer<Elem> weights;        // [block][tap][gate, channel / G][lane][G]
-  WinogradProduct<T> winograd; // empty for a direct one
+  int tile;                     // of a transformed convolution, 0 for a direct one
+  Buffer<Elem> weights;         // [block][tap][gate, channel / G][lane][G]
+  WinogradProduct<T> winograd;  // empty for a direct one
+  const Pass *passes = nullptr; // of a direct one
+  int pass_count = 0;
 
   TransposedConvolution(const Geometry &geometry_, int64_t groups, int64_t in_per_group, int64_t out_per_group_,
                         int tile_)
@@ -34,9 +36,13 @@ template <class N> struct TransposedConvolution {
   void allocate() {
     weights.allocate(blocks.count() * block_stride());
     const ConvolutionShape &s = geometry.shape;
-    if (tile != 0)
+    if (tile == 0) {
+      passes = geometry.transposed().data();
+      pass_count = int(geometry.transposed().size());
+    } else {
       winograd.allocate(tile, s.height, s.width, blocks.count(),
                         {{4 * out_per_group, s.out_height, s.out_width, 2 - s.pad_top, 2 - s.pad_left}});
+    }
   }
 
   // This thread's part of the weights. All threads call it; a barrier has to follow.
@@ -109,10 +115,18 @@ private:
   void run_direct(const Elem *const *images, int64_t block, int64_t begin, int64_t end,
                   const ProductScratch<N> &scratch) const {
     const int64_t group_row = 4 * out_per_group;
-    const Operand<N> operand{
-        images,         weights.get(), blocks.groups * group_row,  group_row,
-        block_stride(), geometry.taps, int(group_row / G),         false,
-        nullptr,        nullptr,       geometry.transposed.data(), int(geometry.transposed.size())};
+    const Operand<N> operand{images,
+                             weights.get(),
+                             blocks.groups * group_row,
+                             group_row,
+                             block_stride(),
+                             geometry.taps,
+                             int(group_row / G),
+                             false,
+                             nullptr,
+                             nullptr,
+                             passes,
+                             pass_count};
     const int64_t group = blocks.group(block), pixels = geometry.in_pixels;
     switch (vectors(block)) {
     case 1:

@@ -1,8 +1,6 @@
 #include "geometry.h"
 
 #include <algorithm>
-#include <cstring>
-#include <mutex>
 
 namespace fused_convlstm {
 
@@ -37,15 +35,11 @@ bool ConvolutionShape::operator==(const ConvolutionShape &o) const {
 Geometry::Geometry(const ConvolutionShape &s)
     : shape(s), taps(int32_t(s.kernel_h * s.kernel_w)), in_pixels(int32_t(s.height * s.width)),
       out_pixels(int32_t(s.out_height * s.out_width)), source(size_t(taps) * out_pixels), connections(0),
-      rows_read(size_t(s.height)) {
-  const auto keep = [this](std::vector<int32_t> &&list) {
-    storage_.push_back(std::move(list));
-    return storage_.back().data();
-  };
-  std::vector<int32_t> repetition(in_pixels);
+      rows_read(size_t(s.height)), storage_(2 * source.size()) {
   for (int32_t tap = 0; tap < taps; ++tap) {
     int32_t *row = source.data() + size_t(tap) * out_pixels;
-    std::vector<int32_t> dst, src;
+    int32_t *dst = storage_.data() + 2 * size_t(tap) * out_pixels, *src = dst + out_pixels;
+    int32_t count = 0;
     for (int64_t y = 0, k = 0; y < s.out_height; ++y) {
       const int64_t in_y =
           padded_position(y * s.stride_h - s.pad_top + tap / s.kernel_w * s.dilation_h, s.height, s.mode);
@@ -56,52 +50,78 @@ Geometry::Geometry(const ConvolutionShape &s)
         row[k] = valid ? int32_t(in_y * s.width + in_x) : in_pixels;
         if (valid) {
           rows_read[size_t(in_y)] = 1;
-          dst.push_back(int32_t(k));
-          src.push_back(row[k]);
+          dst[count] = int32_t(k);
+          src[count++] = row[k];
         }
       }
     }
-    connections += int64_t(dst.size());
-    // The transposed lists: the n-th output pixel that reads an input pixel goes into the tap's n-th list.
-    std::fill(repetition.begin(), repetition.end(), 0);
-    std::vector<std::vector<std::pair<int32_t, int32_t>>> lists;
-    for (size_t k = 0; k < dst.size(); ++k) {
-      const size_t n = size_t(repetition[src[k]]++);
-      if (n == lists.size())
-        lists.emplace_back();
-      lists[n].emplace_back(src[k], dst[k]);
-    }
-    for (auto &list : lists) {
-      std::sort(list.begin(), list.end());
-      std::vector<int32_t> first(list.size()), second(list.size());
-      for (size_t k = 0; k < list.size(); ++k) {
-        first[k] = list[k].first;
-        second[k] = list[k].second;
-      }
-      const auto count = int32_t(list.size());
-      const int32_t *first_data = keep(std::move(first));
-      transposed.push_back({tap, count, first_data, keep(std::move(second))});
-    }
-    if (!dst.empty()) {
-      const auto count = int32_t(dst.size());
-      const int32_t *dst_data = keep(std::move(dst));
-      forward.push_back({tap, count, dst_data, keep(std::move(src))});
-    }
+    connections += count;
+    if (count > 0)
+      forward.push_back({tap, count, dst, src});
   }
 }
 
+const std::vector<Pass> &Geometry::transposed() const {
+  std::call_once(transposed_made_, [this] {
+    std::vector<Pass> made;
+    std::vector<int32_t> storage(2 * size_t(connections));
+    int32_t *next = storage.data();
+    std::vector<int32_t> repetition(in_pixels);
+    for (const Pass &of_tap : forward) {
+      // The n-th output pixel that reads an input pixel goes into the tap's n-th list.
+      std::fill(repetition.begin(), repetition.end(), 0);
+      std::vector<std::vector<std::pair<int32_t, int32_t>>> lists;
+      for (int32_t k = 0; k < of_tap.count; ++k) {
+        const size_t n = size_t(repetition[size_t(of_tap.src[k])]++);
+        if (n == lists.size())
+          lists.emplace_back();
+        lists[n].emplace_back(of_tap.src[k], of_tap.dst[k]);
+      }
+      for (auto &list : lists) {
+        if (!std::is_sorted(list.begin(), list.end()))
+          std::sort(list.begin(), list.end());
+        const auto count = int32_t(list.size());
+        int32_t *dst = next, *src = dst + count;
+        for (int32_t k = 0; k < count; ++k) {
+          dst[k] = list[size_t(k)].first;
+          src[k] = list[size_t(k)].second;
+        }
+        made.push_back({of_tap.tap, count, dst, src});
+        next = src + count;
+      }
+    }
+    transposed_ = std::move(made);
+    transposed_storage_ = std::move(storage);
+  });
+  return transposed_;
+}
+
+size_t Geometry::bytes() const { return (source.size() + 4 * size_t(taps) * size_t(out_pixels)) * sizeof(int32_t); }
+
 std::shared_ptr<const Geometry> geometry_of(const ConvolutionShape &shape) {
+  constexpr size_t kKept = 128, kKeptBytes = size_t(64) << 20;
+  constexpr size_t kAlways = 2; // the two convolutions of a layer
   static std::mutex mutex;
-  static std::vector<std::shared_ptr<const Geometry>> recent;
-  constexpr size_t kKept = 32;
+  static std::vector<std::shared_ptr<const Geometry>> recent; // the one used last at the end
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = std::find_if(recent.begin(), recent.end(), [&](const auto &g) { return g->shape == shape; });
+    if (found != recent.end()) {
+      std::rotate(found, found + 1, recent.end());
+      return recent.back();
+    }
+  }
+  const auto made = std::make_shared<const Geometry>(shape); // unlocked: two threads may make the same
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = std::find_if(recent.begin(), recent.end(), [&](const auto &g) { return g->shape == shape; });
-  if (found != recent.end())
-    return *found;
-  if (recent.size() == kKept)
+  recent.push_back(made);
+  size_t bytes = 0;
+  for (const auto &geometry : recent)
+    bytes += geometry->bytes();
+  while (recent.size() > kKept || (recent.size() > kAlways && bytes > kKeptBytes)) {
+    bytes -= recent.front()->bytes();
     recent.erase(recent.begin());
-  recent.push_back(std::make_shared<const Geometry>(shape));
-  return recent.back();
+  }
+  return made;
 }
 
 } // namespace fused_convlstm

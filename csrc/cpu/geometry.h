@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 namespace fused_convlstm {
@@ -33,17 +34,24 @@ struct Geometry {
   // (taps, out_pixels): the input pixel, or in_pixels where the tap falls on a zero.
   std::vector<int32_t> source;
   std::vector<Pass> forward;      // dst: output pixel, src: input pixel; one a tap
-  std::vector<Pass> transposed;   // dst: input pixel, src: output pixel; several for a tap that reads a pixel twice
   int64_t connections;            // pairs in all
   std::vector<uint8_t> rows_read; // (height), whether any output reads the row: a wide stride passes some over
 
   explicit Geometry(const ConvolutionShape &shape);
 
+  // dst: input pixel, src: output pixel; several for a tap that reads a pixel twice. Made at the first call.
+  const std::vector<Pass> &transposed() const;
+  // Memory of all tables, the transposed ones among them.
+  size_t bytes() const;
+
 private:
-  std::vector<std::vector<int32_t>> storage_;
+  std::vector<int32_t> storage_; // what the passes point to
+  mutable std::once_flag transposed_made_;
+  mutable std::vector<Pass> transposed_;
+  mutable std::vector<int32_t> transposed_storage_;
 };
 
-// The tables of a shape; recent ones are kept.
+// The tables of a shape; those used last are kept.
 std::shared_ptr<const Geometry> geometry_of(const ConvolutionShape &shape);
 
 } // namespace fused_convlstm

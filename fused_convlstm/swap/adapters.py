@@ -96,13 +96,22 @@ class SwappedLayer(nn.Module):
         return original
 
     def restore(self) -> nn.Module:
-        """The module that this one replaces, with the present weights."""
+        """The module that this one replaces, with the present weights, frozen as they are now."""
         tensors = named_tensors(self.original)
         with torch.no_grad():
             for layer, suffix, plan in self._cells():
                 weights = LayerWeights(*(getattr(layer, name + suffix) for name in PARAMETERS))
                 for name, value in write_layer(weights, _with_present_biases(plan.layout, tensors)).items():
                     tensors[name].copy_(value)
+                trained = {name: one.requires_grad for name, one in vars(weights).items() if one is not None}
+                stored = _stored(plan.layout, tensors)
+                # Trained ones last: a kernel over x and h is trained if either part is.
+                for parameter in sorted(trained, key=lambda name: trained[name]):
+                    for names in stored[parameter]:
+                        # As before, where that is as trained as now: one bias of two may be frozen.
+                        if any(tensors[name].requires_grad for name in names) != trained[parameter]:
+                            for name in names:
+                                tensors[name].requires_grad_(trained[parameter])
         return self.original.train(self.training)
 
     def frozen_in_part(self) -> str | None:
@@ -182,16 +191,18 @@ class SwappedLayer(nn.Module):
         }
         if given:  # a checkpoint from before the swap
             tensors = named_tensors(self.original)
-            for name, value in given.items():
+            for name, value in list(given.items()):
                 del state_dict[prefix + name]
                 if value.shape != tensors[name].shape:
                     args[-1].append(  # the errors that load_state_dict collects
                         f"size mismatch for {prefix}{name}: expected {tuple(tensors[name].shape)}, "
                         f"got {tuple(value.shape)} from the checkpoint"
                     )
-                    continue
-                with torch.no_grad():
-                    tensors[name].copy_(value)  # also what no fused layer needs: unswap gives it back
+                    del given[name]
+            # Also what no fused layer needs: unswap gives it back.
+            assign = args[0].get("assign_to_params_buffers", False)
+            self.original.load_state_dict(given, strict=False, assign=assign)
+            tensors = named_tensors(self.original)
             for k, (layer, directions) in enumerate(zip(self.layers, self._plans, strict=True)):
                 for suffix, plan in zip(_suffixes(layer), directions, strict=True):
                     for name, value in vars(read_layer(tensors, plan.layout)).items():
@@ -223,24 +234,34 @@ def _suffixes(layer: nn.Module) -> list[str]:
 
 
 def _state(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """A state of any precision as a fused layer takes it with x: the replaced code would promote it."""
+    """A state of any precision as a fused layer takes it with x: the replaced code would promote it, and a c that
+    broadcasts, too."""
+    c = torch.broadcast_tensors(h, c)[1]
     return h.to(x.dtype), c.to(state_dtype(x.dtype))
 
 
 def _trained(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set[bool]]:
     """For each parameter of a fused cell, whether the weights that it is made of are trained: more than one answer if
     that differs from gate to gate. One trained bias of two that are added learns what both would."""
+    return {
+        parameter: {any(tensors[name].requires_grad for name in names) for names in by_gate}
+        for parameter, by_gate in _stored(layout, tensors).items()
+    }
+
+
+def _stored(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, list[list[str]]]:
+    """For each parameter of a fused cell, the names of what it is made of, gate by gate."""
     templates = {
         "weight_ih": layout.kernels[:1],
         "weight_hh": layout.kernels[-1:],
         "bias": layout.biases,
         "peephole": (layout.peephole,) if layout.peephole else (),
     }
-    trained: dict[str, set[bool]] = {}
-    for parameter, stored in templates.items():
-        by_gate = [[name for one in stored if (name := one.format(gate=gate)) in tensors] for gate in layout.gates]
-        trained[parameter] = {any(tensors[name].requires_grad for name in names) for names in by_gate if names}
-    return trained
+    stored = {}
+    for parameter, of_it in templates.items():
+        by_gate = [[name for one in of_it if (name := one.format(gate=gate)) in tensors] for gate in layout.gates]
+        stored[parameter] = [names for names in by_gate if names]
+    return stored
 
 
 def _with_present_biases(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:

@@ -230,6 +230,10 @@ def _first_equal(
     """The adapter of the first candidate that gives the results of ``module``; None if none does.
 
     In float64 where the module can, otherwise in float32.
+
+    Raises:
+        NotRecognisedError: it does so for small states in evaluation mode alone.
+        ProbeError: ``module`` cannot be run this way.
     """
     error: Exception | None = None
     for dtype in TOLERANCE:
@@ -238,9 +242,17 @@ def _first_equal(
             for variant in kind.variants:
                 probe = probe_copy(module, dtype)
                 adapter = kind.make(probe, plans, **variant)
+                frame = size or DEFAULT_SIZE
                 try:
-                    if _equal(probe, adapter, call_arguments(adapter, probe, size or DEFAULT_SIZE)):
-                        return kind.make(module, plans, **variant)
+                    if not _equal(probe, adapter, call_arguments(adapter, probe, frame)):
+                        continue
+                    if not _equal(probe, adapter, _large_arguments(adapter, probe, frame), gradients=False):
+                        raise NotRecognisedError("its results differ where states are large: it may clip them", True)
+                    if not _trains_alike(probe, adapter, call_arguments(adapter, probe, frame)[:1]):
+                        raise NotRecognisedError(
+                            "it computes something else in training mode (dropout, zoneout, ...)", True
+                        )
+                    return kind.make(module, plans, **variant)
                 except ForeignError as caught:
                     error = caught
         if error is None:
@@ -256,6 +268,20 @@ def call_arguments(
     adapter: SwappedLayer, module: nn.Module, size: tuple[int, int], steps: int = STEPS, batch: int = BATCH
 ) -> list[Call]:
     """Calls of ``module``, and of ``adapter`` in its place, with random frames of ``size``."""
+    return type(adapter).calls(module, *_input_of(adapter, module, size, steps, batch))
+
+
+def _large_arguments(adapter: SwappedLayer, module: nn.Module, size: tuple[int, int]) -> list[Call]:
+    """Calls with large states, and with one large frame at every step, from which a state of zeros grows large."""
+    frames, states = _input_of(adapter, module, size, 10, BATCH)
+    frames = 10 * frames[:1].expand_as(frames)
+    return type(adapter).calls(module, frames, [(100 * h, 100 * c) for h, c in states])
+
+
+def _input_of(
+    adapter: SwappedLayer, module: nn.Module, size: tuple[int, int], steps: int, batch: int
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Random frames of ``size`` and states that fit ``adapter``, of the type of ``module``."""
     states, frame = [], size
     layers: list[Any] = list(adapter.layers)
     for layer in layers:
@@ -264,8 +290,7 @@ def call_arguments(
         directions = 2 if getattr(layer, "bidirectional", False) else 1
         states += [(channels if isinstance(channels, int) else channels[0], frame)] * directions
     like = next(module.parameters())
-    frames, hidden = _random_input(like, layers[0].in_channels, size, states, steps, batch)
-    return type(adapter).calls(module, frames, hidden)
+    return _random_input(like, layers[0].in_channels, size, states, steps, batch)
 
 
 def _random_input(
@@ -286,7 +311,30 @@ def _random_input(
     return frames, hidden
 
 
-def _equal(module: nn.Module, adapter: nn.Module, calls: Sequence[Call]) -> bool:
+def _trains_alike(module: nn.Module, adapter: SwappedLayer, calls: Sequence[Call]) -> bool:
+    """Whether both give the same in training mode, too, and ``module`` draws no random numbers only there: a few
+    numbers may miss what is rare."""
+    if isinstance(adapter, LstmLike) and adapter.dropout and len(adapter.layers) > 1:
+        return True  # dropout that the adapter has, too
+    drawn = []
+    for training in (False, True):
+        module.train(training)
+        adapter.train(training)
+        before = _rng_state(module)
+        if not _equal(module, adapter, calls):
+            return False
+        drawn.append(_rng_state(module) != before)
+    return drawn[0] == drawn[1]
+
+
+def _rng_state(module: nn.Module) -> list[bytes]:
+    """The states of the generators that ``module`` may draw from."""
+    device = next(module.parameters()).device
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [state.numpy().tobytes() for state in states]
+
+
+def _equal(module: nn.Module, adapter: nn.Module, calls: Sequence[Call], gradients: bool = True) -> bool:
     """Whether both give the same results and gradients, of the same types and shapes."""
     for call in calls:
         try:
@@ -301,6 +349,8 @@ def _equal(module: nn.Module, adapter: nn.Module, calls: Sequence[Call]) -> bool
             return False
         if not same_structure(expected, actual):
             return False
+        if not gradients:
+            expected_grads = actual_grads = []
         for pair in zip([*tensors_in(expected), *expected_grads], [*tensors_in(actual), *actual_grads], strict=True):
             if largest_error(*pair) > TOLERANCE[pair[0].dtype]:
                 return False

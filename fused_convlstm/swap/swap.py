@@ -126,7 +126,8 @@ def swap(model: nn.Module, verify: bool = False, dry_run: bool = False, example_
     adapters: dict[nn.Module, SwappedLayer] = {}
     replaced: list[Replaced] = []
     kept: list[Kept] = []
-    with _one_thread(), torch.inference_mode(False):  # parameters made in inference mode could never be trained
+    # Parameters made in inference mode could never be trained.
+    with _one_thread(), _rng_kept(model), torch.inference_mode(False):
         _walk(model, "", _owners(model), adapters, replaced, kept)
     if dry_run:
         return SwapReport(model, replaced, kept, dry_run=True)
@@ -197,6 +198,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _rng_kept(model: nn.Module) -> Iterator[None]:
+    """Random numbers that foreign code draws are not taken from those of the caller."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        yield
+
+
 def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     """The modules that have a parameter, by the parameter's id."""
     owners: dict[int, set[nn.Module]] = {}
@@ -221,6 +230,8 @@ def _obstacle(module: nn.Module, name: str, owners: dict[int, set[nn.Module]]) -
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return "it has hooks, which a fused layer would not call"
     for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"its parameter {name} has hooks, which that of a fused layer would not call"
         if not owners[id(parameter)] <= inside:
             return f"its parameter {name} is shared with another module"
     return None
@@ -255,7 +266,7 @@ def _verify(swapped: nn.Module, adapters: dict[nn.Module, SwappedLayer], example
     """Runs both forms. Puts the replaced modules back if that raises, or the results differ beyond rounding."""
     originals: dict[nn.Module, nn.Module] = {adapter: module for module, adapter in adapters.items()}
     try:
-        with _evaluation([swapped, *adapters]):
+        with _evaluation([swapped, *adapters]), _rng_kept(swapped):
             if example_input is None:
                 jobs = []
                 for module, adapter in adapters.items():
