@@ -240,6 +240,7 @@ torch.cuda.synchronize = synchronize
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\npythonpath = tests\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "code", lambda: "this code")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this suite's own
 
     def run(source: str, seconds: float = 120) -> Any:
         (tests / "test_some.py").write_text(
