@@ -17,6 +17,10 @@ if WORKER:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)  # a test is the same whichever ran before it in the process
+
+
 def note(test: str, outcome: str, said: str = "") -> None:
     if LOG:
         with open(LOG, "a") as log:
