@@ -26,6 +26,7 @@ from fused_convlstm import functional as FC
 from fused_convlstm.backends import registry
 from fused_convlstm.backends.call import ConvLSTMOptions
 from fused_convlstm.backends.cpu import winograd
+from fused_convlstm.backends.settings import Settings
 
 ORDINARY = [
     case
@@ -159,7 +160,7 @@ def test_it_is_off_by_default_and_explain_says_when_it_ran(tile: int, monkeypatc
     assert registry.get("cpu").info()["Winograd"] == f"always, F({tile}x{tile}, 3x3)"
     with use_winograd("never"):
         assert "Winograd" not in notes()
-    monkeypatch.setattr(winograd, "_setting", None)
+    monkeypatch.setattr(winograd, "_setting", Settings())
     monkeypatch.delenv(winograd.ENVIRONMENT_VARIABLE, raising=False)
     assert registry.get("cpu").info()["Winograd"] == "never"
     assert "Winograd" not in notes()
