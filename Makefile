@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 check: $(VENV)/installed
-	$(BIN)/pytest tests --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest tests --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Renders clips, trains on them a network with memory and one of the same size that sees single frames, evaluates both
 # and looks at which scales the first one uses. Interrupted, it goes on where it was.

@@ -11,10 +11,17 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # A file that gets a line of JSON for each test as it begins and for each outcome: what is known if pytest is killed.
 LOG = os.environ.get("FUSED_CONVLSTM_TEST_LOG")
 
+# Minutes each: first, so that no process waits for another at the end.
+LONG = ("test_triton_interpreted.py", "test_cpu_sanitizers.py", "test_cuda_build.py", "test_gpu_report.py")
+
 torch.manual_seed(0)
 if WORKER:
     # Worker processes share the cores: one thread each; tests of threading set their own number.
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_runtest_setup() -> None:
