@@ -186,6 +186,7 @@ def _ddp_worker(rank: int, world: int, folder: str, x: Tensor) -> None:
     lstm(x[:, rank::world])[0].square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in lstm.parameters()], f"{folder}/gradients.pt")
+    dist.barrier()  # a process that left early could keep the other waiting
     dist.destroy_process_group()
 
 
